@@ -1,7 +1,8 @@
 """What every test runs under.
 
-JAX_PLATFORMS is left alone: the same tests run on whatever device the machine has. Double precision is off by default,
-as it is for users; a test that needs it takes the fixture `x64` or opens `jax.enable_x64(True)` itself.
+JAX_PLATFORMS is left alone: the same tests run on whatever device the machine has. Double precision
+is off by default, as it is for users; a test that needs it takes the fixture `x64`, or opens
+`jax.enable_x64(True)` itself.
 """
 
 import os
@@ -15,7 +16,7 @@ import hypothesis
 import jax
 import pytest
 
-# Compilation makes the first example slow, and shared machines make any example slow: deadlines would only flake.
+# Compilation makes the first example slow, shared machines make any of them slow: deadlines flake.
 hypothesis.settings.register_profile(
     "jaxgrad",
     deadline=None,
