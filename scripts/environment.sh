@@ -43,7 +43,7 @@ use_environment() {
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') $PWD"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
         echo "installing jaxgrad[$extras] into $VENV (a few minutes the first time)" >&2
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]" >&2
+        "$PYTHON" -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$extras]" >&2
         echo "$want" > "$stamp"
     fi
 }

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 # Compilation makes the first example slow, shared machines make any of them slow: deadlines flake.
@@ -33,3 +34,17 @@ def x64() -> Iterator[None]:
     """Double precision for the length of one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """No runtime type checks for the length of one test: users meet our own errors for bad input.
+
+    All other tests run with jaxtyping and beartype on (see --jaxtyping-packages in pyproject.toml).
+    """
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
