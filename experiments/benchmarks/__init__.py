@@ -1,0 +1,1 @@
+"""Benchmarks, run by ./scripts/bench NAME; `harness` is what they share."""
