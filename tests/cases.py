@@ -1,0 +1,42 @@
+"""The table of test models: what real users write, tiny, in plain JAX and in four frameworks.
+
+    for case in CASES:
+        f, x = case.build()                       # float32
+        with jax.enable_x64(True):
+            f, x = case.build(jnp.float64)        # parameters and input in float64; call f in here
+            too
+
+`build`, `build_batched` and `build_loss` make everything anew, in milliseconds and without
+compiling. What is known beforehand about a model (its least number of layers, names, flags) is on
+the `Case`; see `zoo_base.py`.
+"""
+
+import zoo_jax
+import zoo_jax_sequence
+import zoo_linen
+from zoo_base import FLAGS, Case
+
+CASES: tuple[Case, ...] = (
+    *zoo_jax.CASES,
+    *zoo_jax_sequence.CASES,
+    *zoo_linen.CASES,
+)
+BY_NAME = {case.name: case for case in CASES}
+assert len(BY_NAME) == len(CASES), "two cases share a name"
+
+
+def select(
+    *, framework: str = "", kind: str = "", having: str = "", without: str = ""
+) -> tuple[Case, ...]:
+    """The cases of a framework and kind, with every flag in `having`, none in `without`."""
+    for flag in (having + " " + without).split():
+        if flag not in FLAGS:
+            raise ValueError(f"unknown flag {flag!r}, expected one of {sorted(FLAGS)}")
+    return tuple(
+        c
+        for c in CASES
+        if framework in ("", c.framework)
+        and kind in ("", c.kind)
+        and set(having.split()) <= c.flags
+        and not set(without.split()) & c.flags
+    )

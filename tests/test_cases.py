@@ -1,0 +1,125 @@
+"""The table of test models keeps its promises, and the oracles are right on closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, select
+from zoo_base import Case
+
+# every program here runs a few times at most: compiling it without optimization is most of the time
+# saved
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+everything = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def compiled(f, *args):
+    """f compiled for args."""
+
+    def call(*args):  # some modules can be called, and cannot be hashed, as jit wants it
+        return f(*args)
+
+    return jax.jit(call).lower(*args).compile(compiler_options=FAST)
+
+
+def arguments(case: Case, x):
+    return tuple(x) if "several-inputs" in case.flags else (x,)
+
+
+def is_float(a):
+    return jnp.issubdtype(a.dtype, jnp.inexact)
+
+
+def normals(tree, seed):
+    """A tangent: normal numbers for the leaves, zeros of float0 for the integers among them."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(a):
+        if is_float(a):
+            return jnp.asarray(rng.standard_normal(a.shape), a.dtype)
+        return np.zeros(a.shape, jax.dtypes.float0)
+
+    return jax.tree.map(leaf, tree)
+
+
+def inner(a, b):
+    """<a, b>, over the float leaves, in float64."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(np.vdot(as64(p), as64(q)) for p, q in pairs if is_float(p))
+
+
+def as64(a):
+    return np.asarray(a).astype(np.float64)
+
+
+def assert_close(a, b, tolerance, noise=0.0):
+    """Leaf by leaf, relative to the largest element; no comparison is finer than `noise`."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert p.shape == q.shape
+        scale = np.max(np.abs(as64(q)), initial=1e-300)
+        np.testing.assert_allclose(as64(p), as64(q), rtol=0, atol=tolerance * scale + noise)
+
+
+def moved(x, direction, step):
+    """x + step * direction, integers as they are."""
+    return jax.tree.map(lambda a, d: a + step * d if is_float(a) else a, x, direction)
+
+
+@everything
+def test_an_example_alone_gives_what_it_gives_in_a_batch_unless_the_batch_is_coupled(case):
+    f, x = case.build()
+    args = arguments(case, x)
+    batched = case.build_batched()
+    if batched is None:
+        y = compiled(f, *args)(*args)
+        assert all(np.isfinite(as64(leaf)).all() for leaf in jax.tree.leaves(y))
+        return
+    f_batch, xs = batched
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(xs)} <= {3, 4}
+    if "coupled-batch" in case.flags:
+        run = compiled(f_batch, xs)
+        others = jax.tree.map(lambda a: a.at[1:].multiply(1.5), xs)
+        ys, changed = run(xs), run(others)
+        assert not np.allclose(as64(ys)[0], as64(changed)[0], rtol=1e-3)
+        return
+    y, ys = compiled(lambda x, xs: (f(x), f_batch(xs)), x, xs)(x, xs)
+    assert all(np.isfinite(as64(leaf)).all() for leaf in jax.tree.leaves(ys))
+    if "random" not in case.flags:
+        assert_close(
+            jax.tree.map(lambda a: a[0], ys), y, 0.05 if "low-precision" in case.flags else 1e-5
+        )
+
+
+@pytest.mark.parametrize("case", select(without="integer-input"), ids=lambda case: case.name)
+def test_forward_mode_reverse_mode_and_differences_agree_in_float64(case, x64):
+    f, x = case.build(jnp.float64)
+    args = arguments(case, x)
+    tangent = normals(args, 1)
+    cotangent = normals(jax.eval_shape(f, *args), 2)
+
+    def differentiate(*args):
+        forward = jax.jvp(f, args, tangent) if "reverse-only" not in case.flags else (f(*args),)
+        pull = jax.vjp(f, *args)[1](cotangent) if "forward-only" not in case.flags else None
+        return *forward, pull
+
+    run = compiled(differentiate, *args)
+    y, *pushed, pulled = run(*args)
+    assert (
+        all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(y))
+        or "low-precision" in case.flags
+    )
+    if pushed and pulled is not None:
+        a, b = inner(cotangent, pushed[0]), inner(tangent, pulled)
+        norm = np.sqrt(inner(cotangent, cotangent) * inner(pushed[0], pushed[0]))
+        assert abs(a - b) <= (0.1 if "low-precision" in case.flags else 1e-12) * norm
+    if pulled is not None:
+        zero = all((as64(leaf) == 0).all() for leaf in jax.tree.leaves(pulled) if is_float(leaf))
+        assert zero == ("zero-jacobian" in case.flags)
+    if pushed and not {"low-precision", "surrogate-gradient"} & case.flags:
+        h = 1e-6
+        ahead, behind = (run(*moved(args, tangent, s))[0] for s in (h, -h))
+        slope = jax.tree.map(lambda a, b: (a - b) / (2 * h), ahead, behind)
+        noise = 1e-9 * max(np.max(np.abs(as64(leaf)), initial=0) for leaf in jax.tree.leaves(y))
+        assert_close(slope, pushed[0], 1e-6, noise)
