@@ -13,12 +13,14 @@ the `Case`; see `zoo_base.py`.
 
 import zoo_jax
 import zoo_jax_sequence
+import zoo_jax_special
 import zoo_linen
 from zoo_base import FLAGS, Case
 
 CASES: tuple[Case, ...] = (
     *zoo_jax.CASES,
     *zoo_jax_sequence.CASES,
+    *zoo_jax_special.CASES,
     *zoo_linen.CASES,
 )
 BY_NAME = {case.name: case for case in CASES}

@@ -29,6 +29,7 @@ FLAGS = {
     "reverse-only": "forward mode raises (a custom_vjp on the path); reverse mode works",
     "surrogate-gradient": "the gradient is not the derivative, on purpose (stop_gradient and kin)",
     "low-precision": "computes in bfloat16 or float16 even when it is built in float64",
+    "nonlinear-vjp": "a custom_vjp whose backward pass is not linear: there is no Jacobian",
     "zero-jacobian": "every element of df/dx is exactly zero",
     "nonfinite-gradient": "the value is finite, and the gradient is not",
     "effects": "prints, or calls back to Python, on the way",
@@ -217,7 +218,7 @@ def cast(tree: Any, dtype: Any) -> Any:
     """The tree as jax arrays, its float32 leaves in `dtype`; other leaves stay as they are."""
 
     def leaf(a: Any) -> Any:
-        if not isinstance(a, np.ndarray | jax.Array):
+        if not isinstance(a, np.ndarray | np.generic | jax.Array):
             return a
         return jnp.asarray(a, dtype if a.dtype == jnp.float32 else None)
 
