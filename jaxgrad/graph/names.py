@@ -1,0 +1,196 @@
+"""Which layer an operation belongs to: the user's tap, else its scope, else the parameters that it uses.
+
+Flax linen and haiku put the module's whole path into the scope; equinox puts the class only, NNX
+and plain functions nothing. There the path of the parameter says it, followed by dataflow: what is
+computed from parameters alone (a cast, a transposition, a weight norm) still carries their names.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, value_inputs, walk
+
+Path = tuple[str, ...]
+
+# Scopes that name a class or an operation and not one module of the model.
+_CLASS_SCOPE = re.compile(r"^(eqx|equinox)\.|->|^\$|^(checkpoint|rematted_computation|named)$")
+# Elementwise arithmetic that keeps a constant operand from turning a weight into data (a mask on a
+# weight).
+_SHAPING = {"mul", "add", "sub", "div", "select_n", "max", "min", "concatenate", "pad"}
+# The collection in which flax keeps its parameters: no module of the model.
+_COLLECTIONS = ("params", "param", "batch_stats", "state")
+
+
+@dataclass(eq=False)
+class Labels:
+    """The layer path of every operation of a capture.
+
+    Attributes:
+        path: operation -> path of the layer it belongs to; absent where nothing names it.
+        uses: operation -> names of the parameter leaves that it mixes with data.
+        taps: value -> name that the user gave it.
+        by_scope: operations whose path comes from a scope.
+        root: the scope of the whole model; its own operations have the path `()`.
+    """
+
+    path: dict[Op, Path] = field(default_factory=dict)
+    uses: dict[Op, frozenset[str]] = field(default_factory=dict)
+    taps: dict[Value, str] = field(default_factory=dict)
+    by_scope: set[Op] = field(default_factory=set)
+    root: Path = ()
+
+
+def module_of(leaf: str) -> Path:
+    """The path of the module that owns a parameter leaf: `"block/mlp/kernel"` -> `("block", "mlp")`.
+
+    A leaf at the root is its own module. Flax's collection `params` is no module.
+    """
+    parts = tuple(leaf.split("/"))
+    if len(parts) > 1 and parts[0] in _COLLECTIONS:
+        parts = parts[1:]
+    parts = tuple(part for part in parts if part != "~")
+    if len(parts) == 1:  # `[0][1]`, a list of tuples: the owner is `[0]`
+        indices = re.findall(r"\[[^\]]*\]", parts[0])
+        head = parts[0][: parts[0].find("[")] if indices else parts[0]
+        return (head + "".join(indices[:-1]),) if len(indices) > 1 else parts
+    last = parts[-1]
+    if (
+        last.endswith("]") and "[" in last and not last.startswith("[")
+    ):  # block/w[0]: a list of leaves
+        return (*parts[:-1], last[: last.find("[")])
+    return parts[:-1]
+
+
+def common_prefix(paths: Iterable[Path]) -> Path:
+    """The longest path that all paths begin with."""
+    paths = list(paths)
+    if not paths:
+        return ()
+    shortest = min(paths, key=len)
+    for i, part in enumerate(shortest):
+        if any(path[i] != part for path in paths):
+            return shortest[:i]
+    return shortest
+
+
+def label(block: Block, table: Table, parameters: dict[Value, str]) -> Labels:
+    """Find the layer path of every operation.
+
+    Args:
+        block: the program.
+        table: its values.
+        parameters: value -> name of the parameter leaf, for inputs and constants of the block.
+    """
+    labels = Labels()
+    _uses(block, {v: frozenset([n]) for v, n in parameters.items()}, table, labels)
+    ambiguous = _ambiguous_scopes(block, labels)
+    root = labels.root = _root_scope(block, ambiguous)
+    for _, op in walk(block):
+        if op.name == "name":
+            labels.taps[op.outputs[0]] = op.eqn.params["name"]
+        scope = _clean(op.scope, ambiguous)
+        modules = {module_of(name) for name in labels.uses.get(op, ())}
+        if scope and (scope != root or not modules):
+            labels.path[op] = scope[len(root) :]
+            labels.by_scope.add(op)
+        elif modules:
+            labels.path[op] = common_prefix(modules) or min(modules)
+    return labels
+
+
+def _uses(block: Block, roles: dict[Value, frozenset[str]], table: Table, labels: Labels) -> None:
+    """Follow parameters: `roles` holds the values that are computed from parameters alone."""
+    neutral = {v for v in table.constants}
+    for op in block.ops:
+        inputs = value_inputs(op)
+        named = [roles[v] for v in inputs if v in roles]
+        names = frozenset().union(*named)
+        others = [v for v in inputs if v not in roles]
+        shaping = op.name in _SHAPING and all(v in neutral for v in others)
+        if names and (not others or shaping):
+            roles |= dict.fromkeys(op.outputs, names)
+        elif names and not op.blocks:
+            labels.uses[op] = names
+        elif not others and not op.blocks:
+            neutral |= set(op.outputs)
+        for inner in op.blocks:
+            _uses(inner, _inner_roles(op, inner, roles), table, labels)
+            for outer, ref in zip(op.outputs, inner.outputs, strict=True):
+                if not isinstance(ref, Lit) and ref in roles and op.kind in ("jit", "remat"):
+                    roles[outer] = roles[ref]
+
+
+def _inner_roles(
+    op: Op, inner: Block, roles: dict[Value, frozenset[str]]
+) -> dict[Value, frozenset[str]]:
+    arguments = op.inputs[1:] if op.kind == "cond" else op.inputs
+    carried = range(op.num_consts, op.num_consts + op.num_carry)
+    for i, (value, ref) in enumerate(zip(inner.inputs, arguments, strict=True)):
+        if not isinstance(ref, Lit) and ref in roles and i not in carried:
+            roles[value] = roles[ref]
+    return roles
+
+
+def _clean(scope: Path, ambiguous: set[Path]) -> Path:
+    """The scope without parts that name no module, cut before its first ambiguous part."""
+    kept: list[str] = []
+    for i, part in enumerate(scope):
+        if scope[: i + 1] in ambiguous:
+            break
+        if _CLASS_SCOPE.search(part):
+            if part.startswith(("eqx.", "equinox.")):
+                break
+            continue
+        kept.append(part)
+    return tuple(kept)
+
+
+def _root_scope(block: Block, ambiguous: set[Path]) -> Path:
+    """The scope of the whole model, which adds nothing to a name: at most the outermost module."""
+    scopes = [s for _, op in walk(block) if (s := _clean(op.scope, ambiguous))]
+    prefix = common_prefix(scopes)
+    if (
+        len({s[: len(prefix) + 1] for s in scopes}) <= 1
+    ):  # a single module: its name is all there is
+        return ()
+    return prefix
+
+
+def _ambiguous_scopes(block: Block, labels: Labels) -> set[Path]:
+    """Scopes that were entered for several modules: `with named_scope("block")` in a loop over blocks.
+
+    Two visits of one scope that use different parameters, or parameters that differ in an index
+    only (`blocks[0]`, `blocks[1]`), belong to different modules; one module called twice uses the
+    same ones.
+    """
+    visits: dict[Path, list[set[str]]] = defaultdict(list)
+    current: Path = ()
+    for _, op in walk(block):
+        for depth in range(1, len(op.scope) + 1):
+            prefix = op.scope[:depth]
+            if current[:depth] != prefix or not visits[prefix]:
+                visits[prefix].append(set())
+            visits[prefix][-1] |= labels.uses.get(op, frozenset())
+        current = op.scope
+    return {scope for scope, sets in visits.items() if _several_modules(sets)}
+
+
+def _several_modules(visits: Sequence[set[str]]) -> bool:
+    used = [names for names in visits if names]
+    disjoint = len(used) > 1 and not set.intersection(*used) and len({*map(frozenset, used)}) > 1
+    names = set().union(*used) if used else set()
+    shapes = Counter(re.sub(r"\[\d+\]", "[]", name, count=1) for name in names)
+    repeated = bool(shapes) and min(shapes.values()) > 1
+    return disjoint or repeated
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Number repeated names, in order: `x, x` becomes `x, x#2`."""
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return result

@@ -1,0 +1,41 @@
+"""What a captured program says about itself: opaque regions and parameters that no site covers."""
+
+from jaxgrad.graph import compat
+from jaxgrad.graph.ir import Block, Op, Table, walk
+from jaxgrad.graph.names import Labels
+from jaxgrad.graph.sites import Site
+
+
+def opaque_regions(block: Block, table: Table, labels: Labels) -> tuple[str, ...]:
+    """Operations that jaxgrad runs but does not look into, each with its layer and the line that made it."""
+    found = []
+    for _, op in walk(block):
+        if op.kind == "opaque" and any(table.is_float(v) for v in op.outputs):
+            found.append(describe(op, labels))
+    return tuple(dict.fromkeys(found))
+
+
+def describe(op: Op, labels: Labels) -> str:
+    """`primitive in layer (file:line)`."""
+    where = "/".join(labels.path.get(op, ()))
+    line = compat.source_line(op.eqn)
+    name = op.eqn.params.get("name") or op.name
+    text = f"{op.name} {name!r}" if name != op.name else op.name
+    return text + (f" in {where}" if where else "") + (f" ({line})" if line else "")
+
+
+def uncovered(parameters: dict[int, str], labels: Labels, sites: list[Site]) -> tuple[str, ...]:
+    """Parameter leaves that no site's layer uses, or that nothing uses at all."""
+    used = {name for names in labels.uses.values() for name in names}
+    covered = {name for site in sites for name in site.parameters}
+    covered |= {
+        name
+        for op, names in labels.uses.items()
+        for name in names
+        if any(labels.path.get(op, ())[: len(s.path)] == s.path for s in sites)
+    }
+    return tuple(
+        f"{name} (unused)" if name not in used else name
+        for name in parameters.values()
+        if name not in covered
+    )
