@@ -11,10 +11,13 @@ compiling. What is known beforehand about a model (its least number of layers, n
 the `Case`; see `zoo_base.py`.
 """
 
+import zoo_equinox
+import zoo_haiku
 import zoo_jax
 import zoo_jax_sequence
 import zoo_jax_special
 import zoo_linen
+import zoo_nnx
 from zoo_base import FLAGS, Case
 
 CASES: tuple[Case, ...] = (
@@ -22,6 +25,9 @@ CASES: tuple[Case, ...] = (
     *zoo_jax_sequence.CASES,
     *zoo_jax_special.CASES,
     *zoo_linen.CASES,
+    *zoo_nnx.CASES,
+    *zoo_equinox.CASES,
+    *zoo_haiku.CASES,
 )
 BY_NAME = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES), "two cases share a name"

@@ -29,6 +29,7 @@ FLAGS = {
     "reverse-only": "forward mode raises (a custom_vjp on the path); reverse mode works",
     "surrogate-gradient": "the gradient is not the derivative, on purpose (stop_gradient and kin)",
     "low-precision": "computes in bfloat16 or float16 even when it is built in float64",
+    "float32-inside": "a step computes in float32 even when it is built in float64",
     "nonlinear-vjp": "a custom_vjp whose backward pass is not linear: there is no Jacobian",
     "zero-jacobian": "every element of df/dx is exactly zero",
     "nonfinite-gradient": "the value is finite, and the gradient is not",
@@ -93,6 +94,13 @@ class Case:
             raise ValueError(
                 f"{self.name}: unknown flags {sorted(unknown)}, expected some of {sorted(FLAGS)}"
             )
+
+    @property
+    def rounding(self) -> float:
+        """How far two ways to compute the same may differ, relatively, when built in float64."""
+        return {"low-precision": 0.1, "float32-inside": 1e-5}.get(
+            next(iter(self.flags & {"low-precision", "float32-inside"}), ""), 1e-12
+        )
 
     def build(self, dtype: Any = jnp.float32) -> tuple[Callable[..., Any], Any]:
         """One example's function, its parameters closed over, and an input for it: `(f, x)`."""
@@ -205,8 +213,9 @@ def fill(abstract: Any, *, stacked: int = 0, out_first: bool = False) -> Any:
             return jnp.zeros(leaf.shape, leaf.dtype)
         shape = leaf.shape[stacked:]
         normal = floats(*leaf.shape, seed=zlib.crc32(name.encode()))
-        if len(shape) < 2:
-            positive = any(word in name.lower() for word in ("scale", "var", "weight", "gamma"))
+        vector = len(shape) < 2
+        positive = "scale" in name or "var" in name or (vector and "weight" in name)
+        if positive or vector:
             return jnp.asarray(positive + 0.1 * normal, leaf.dtype)
         fan_in = np.prod(shape) / (shape[0] if out_first else shape[-1])
         return jnp.asarray(normal / np.sqrt(fan_in), leaf.dtype)
