@@ -5,7 +5,7 @@ Functions return what a caller prints. The plain text holds no control character
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxgrad.report.record import Row
@@ -175,22 +175,3 @@ def _shorten(name: str, width: int) -> str:
         return name
     head = (width - 4) // 2
     return f"{name[:head]}...{name[-(width - 4 - head) :]}"
-
-
-def live_progress(describe: str) -> tuple[Any, Callable[[int, int], None]]:
-    """A rich progress bar and the function that moves it to (done, total).
-
-    The bar is a context manager; it shows nothing where the output is not a terminal.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    progress = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), transient=True,
-    )  # fmt: skip
-    task = progress.add_task(describe, total=None)
-
-    def move(done: int, total: int) -> None:
-        progress.update(task, completed=done, total=total)
-
-    return progress, move
