@@ -14,17 +14,23 @@ the `Case`; see `zoo_base.py`.
 import zoo_equinox
 import zoo_haiku
 import zoo_jax
+import zoo_jax_inputs
 import zoo_jax_sequence
 import zoo_jax_special
+import zoo_jax_transformer
 import zoo_linen
+import zoo_linen_sequence
 import zoo_nnx
 from zoo_base import FLAGS, Case
 
 CASES: tuple[Case, ...] = (
     *zoo_jax.CASES,
+    *zoo_jax_transformer.CASES,
     *zoo_jax_sequence.CASES,
     *zoo_jax_special.CASES,
+    *zoo_jax_inputs.CASES,
     *zoo_linen.CASES,
+    *zoo_linen_sequence.CASES,
     *zoo_nnx.CASES,
     *zoo_equinox.CASES,
     *zoo_haiku.CASES,

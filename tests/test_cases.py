@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, select
-from zoo_base import Case
+from cases import BY_NAME, CASES, select
+from reference_cuts import count_layers
+from zoo_base import FLAGS, Case
 
 # every program here runs a few times at most: compiling it without optimization is most of the time
 # saved
@@ -127,3 +128,69 @@ def test_forward_mode_reverse_mode_and_differences_agree_in_float64(case, x64):
         slope = jax.tree.map(lambda a, b: (a - b) / (2 * h), ahead, behind)
         noise = 1e-9 * max(np.max(np.abs(as64(leaf)), initial=0) for leaf in jax.tree.leaves(y))
         assert_close(slope, pushed[0], 1e-6, noise)
+
+
+@everything
+def test_a_loss_has_a_finite_gradient_for_every_float_parameter_and_some_are_not_zero(case):
+    built = case.build_loss()
+    assert (built is None) == ("no-loss" in case.flags)
+    if built is None:
+        return
+    loss, params, batch = built
+    leaves, tree = jax.tree.flatten(params)
+    followed = [k for k, a in enumerate(leaves) if isinstance(a, jax.Array) and is_float(a)]
+    assert followed
+
+    def of_floats(floats, batch):
+        every = list(leaves)
+        for k, a in zip(followed, floats, strict=True):
+            every[k] = a
+        return loss(jax.tree.unflatten(tree, every), batch)
+
+    floats = [leaves[k] for k in followed]
+    gradient = compiled(jax.grad(of_floats), floats, batch)(floats, batch)
+    assert all(np.isfinite(as64(g)).all() for g in gradient)
+    assert any(as64(g).any() for g in gradient)
+
+
+@everything
+def test_no_case_claims_more_layers_than_there_are_cuts(case):
+    f, x = case.build()
+    whole = count_layers(f, *arguments(case, x), argnum=case.argnum)
+    # the scan is one layer among those that were counted
+    assert case.scopes <= case.cuts <= whole + max(case.iterations - 1, 0)
+    assert case.iterations == 0 or "scan" in case.flags
+
+
+def test_double_precision_is_refused_outside_of_its_context_and_does_not_leak_out_of_it():
+    case = BY_NAME["jax_mlp_tanh_no_bias"]
+    with pytest.raises(ValueError, match=r"jax_mlp_tanh_no_bias: float64 .* jax.enable_x64"):
+        case.build(jnp.float64)
+    with jax.enable_x64(True):
+        f, x = case.build(jnp.float64)
+        assert x.dtype == f(x).dtype == jnp.float64
+    f, x = case.build()
+    assert x.dtype == f(x).dtype == jnp.float32
+    assert jnp.zeros(()).dtype == jnp.float32
+
+
+def test_the_same_numbers_are_built_every_time_and_in_both_precisions(x64):
+    for case in CASES[:12]:
+        _, x = case.build()
+        _, again = case.build(jnp.float64)
+        assert_close(again, x, 0)
+
+
+def test_every_flag_is_used_and_a_misspelled_one_is_refused():
+    assert set().union(*(case.flags for case in CASES)) == set(FLAGS)
+    with pytest.raises(ValueError, match="unknown flag 'scann'"):
+        select(having="scann")
+    with pytest.raises(ValueError, match=r"x: unknown flags \['nonsense'\]"):
+        Case("x", "jax", "mlp", lambda _: None, flags=frozenset({"nonsense"}))
+
+
+def test_the_table_has_every_framework_and_kind_that_was_promised():
+    kinds = {"mlp", "cnn", "resnet", "transformer", "lstm", "gru", "scan", "remat", "moe"}
+    for framework in ("jax", "linen", "nnx", "equinox", "haiku"):
+        missing = kinds - {case.kind for case in select(framework=framework)}
+        assert missing <= {"moe"} if framework == "equinox" else not missing, framework

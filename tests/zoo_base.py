@@ -31,6 +31,7 @@ FLAGS = {
     "low-precision": "computes in bfloat16 or float16 even when it is built in float64",
     "float32-inside": "a step computes in float32 even when it is built in float64",
     "nonlinear-vjp": "a custom_vjp whose backward pass is not linear: there is no Jacobian",
+    "no-loss": "has no parameters, no batch, or nothing to learn",
     "zero-jacobian": "every element of df/dx is exactly zero",
     "nonfinite-gradient": "the value is finite, and the gradient is not",
     "effects": "prints, or calls back to Python, on the way",
@@ -77,6 +78,7 @@ class Case:
         names: substrings that the layers' names must contain, each in at least one name.
         flags: keys of `FLAGS`.
         argnum: which argument is followed, where there are several.
+        iterations: how many iterations of a scan are layers of their own; they are in `cuts`.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Case:
     names: tuple[str, ...] = ()
     flags: frozenset[str] = frozenset()
     argnum: int = 0
+    iterations: int = 0
 
     def __post_init__(self) -> None:
         if unknown := self.flags - FLAGS.keys():
@@ -126,7 +129,7 @@ class Case:
         if parts.loss is None or parts.xs is None or not jax.tree.leaves(parts.params):
             return None
         apply, criterion = _batched(parts), parts.loss
-        ys = jax.eval_shape(apply, parts.params, parts.xs)
+        ys = jax.eval_shape(lambda xs: apply(parts.params, xs), parts.xs)
         batch = {"x": parts.xs, "y": jax.tree.map(_target(criterion), ys)}
 
         def loss(params: Any, batch: dict) -> jax.Array:

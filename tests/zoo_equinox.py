@@ -213,12 +213,12 @@ class Stacked(eqx.Module):
         return jax.lax.scan(step, x, arrays)[0]
 
 
-@case("equinox", "scan", scopes=3, cuts=3, flags="scan")
+@case("equinox", "scan", scopes=3, cuts=3, flags="scan", iterations=3)
 def scan_blocks(_: Any) -> Parts:
     return parts_of(Stacked, floats(3, 4, 8))
 
 
-@case("equinox", "scan", scopes=3, cuts=3, flags="scan remat")
+@case("equinox", "scan", scopes=3, cuts=3, flags="scan remat", iterations=3)
 def scan_blocks_remat(_: Any) -> Parts:
     return parts_of(partial(Stacked, remat=True), floats(3, 4, 8))
 
@@ -271,14 +271,14 @@ def lstm_inputs(_: Any) -> Parts:
     return Parts(lambda m, xs: m(xs, zeros(xs)), model, floats(3, 5, 3), loss=mse)
 
 
-@case("equinox", "lstm", scopes=6, cuts=6, flags="scan time tuple-state pytree-input")
+@case("equinox", "lstm", scopes=6, cuts=6, flags="scan time tuple-state pytree-input", iterations=5)
 def lstm_state(_: Any) -> Parts:
     model, inputs = made(partial(Recurrent, eqx.nn.LSTMCell)), floats(5, 3)
     state = (floats(3, 6, seed=1), floats(3, 6, seed=2))
     return Parts(lambda m, s: m(jnp.asarray(inputs, s[0].dtype), s), model, state, loss=mse)
 
 
-@case("equinox", "gru", scopes=6, cuts=6, flags="scan time")
+@case("equinox", "gru", scopes=6, cuts=6, flags="scan time", iterations=5)
 def gru_h0(_: Any) -> Parts:
     model, inputs = made(partial(Recurrent, eqx.nn.GRUCell)), floats(5, 3)
     apply = lambda m, h: m(jnp.asarray(inputs, h.dtype), h)  # noqa: E731

@@ -188,12 +188,12 @@ def _stacked(*, remat: bool) -> Parts:
     return parts_of(forward, floats(3, 4, 8))
 
 
-@case("haiku", "scan", scopes=3, cuts=3, names=("block",), flags="scan")
+@case("haiku", "scan", scopes=3, cuts=3, names=("block",), flags="scan", iterations=3)
 def layer_stack(_: Any) -> Parts:
     return _stacked(remat=False)
 
 
-@case("haiku", "scan", scopes=3, cuts=3, names=("block",), flags="scan remat")
+@case("haiku", "scan", scopes=3, cuts=3, names=("block",), flags="scan remat", iterations=3)
 def layer_stack_remat(_: Any) -> Parts:
     return _stacked(remat=True)
 
@@ -222,17 +222,24 @@ def lstm_inputs(_: Any) -> Parts:
     return _recurrent(lambda: hk.LSTM(6))
 
 
-@case("haiku", "lstm", scopes=5, cuts=5, flags="scan time tuple-state pytree-input pytree-output")
+@case(
+    "haiku",
+    "lstm",
+    scopes=5,
+    cuts=5,
+    flags="scan time tuple-state pytree-input pytree-output",
+    iterations=5,
+)
 def lstm_state(_: Any) -> Parts:
     return _recurrent(lambda: hk.LSTM(6), hk.LSTMState(floats(3, 6, seed=1), floats(3, 6, seed=2)))
 
 
-@case("haiku", "gru", scopes=5, cuts=5, flags="scan time")
+@case("haiku", "gru", scopes=5, cuts=5, flags="scan time", iterations=5)
 def gru_h0(_: Any) -> Parts:
     return _recurrent(lambda: hk.GRU(6), floats(3, 6, seed=1))
 
 
-@case("haiku", "rnn", scopes=5, cuts=5, flags="scan time")
+@case("haiku", "rnn", scopes=5, cuts=5, flags="scan time", iterations=5)
 def rnn_h0(_: Any) -> Parts:
     return _recurrent(lambda: hk.VanillaRNN(6), floats(3, 6, seed=1))
 

@@ -18,6 +18,12 @@ def layer(p: Any, h: jax.Array) -> jax.Array:
     return y + p["bias"] if "bias" in p else y
 
 
+def layers(*widths: int, **options: Any) -> list[dict[str, np.ndarray]]:
+    """Parameters of dense layers, of these widths."""
+    pairs = itertools.pairwise(widths)
+    return [dense(i, o, seed=k, **options) for k, (i, o) in enumerate(pairs)]
+
+
 def mlp(params: list, x: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Dense layers with an activation between them."""
     for p in params[:-1]:
@@ -71,7 +77,7 @@ def linear(_: Any) -> Parts:
     return Parts(lambda w, x: w @ x, floats(3, 4), floats(3, 4, seed=1), loss=mse)
 
 
-@case("jax", "identity", scopes=0, cuts=0)
+@case("jax", "identity", scopes=0, cuts=0, flags="no-loss")
 def identity(_: Any) -> Parts:
     """No equation at all: h_0 is the output."""
     return Parts(lambda _, x: x, None, floats(3, 4))
@@ -299,7 +305,7 @@ def batch_norm_train(_: Any) -> Parts:
     return Parts(apply, params, xs, x=xs, apply_batch=apply, loss=mse)
 
 
-@case("jax", "norm", scopes=2, cuts=6)
+@case("jax", "norm", scopes=2, cuts=4)
 def weight_norm(_: Any) -> Parts:
     """Salimans and Kingma's: w = g v / |v|; the parameters' own path is no part of the chain."""
     params = [
@@ -315,7 +321,7 @@ def weight_norm(_: Any) -> Parts:
     return Parts(apply, params, floats(3, 4), apply_batch=apply, loss=mse)
 
 
-@case("jax", "autoencoder", scopes=4, cuts=11)
+@case("jax", "autoencoder", scopes=4, cuts=10)
 def autoencoder_tied_weights(_: Any) -> Parts:
     """The decoder uses the encoder's kernels, transposed: one parameter, two layers."""
     params = [dense(6, 4), dense(4, 3, seed=1)]

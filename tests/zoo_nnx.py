@@ -224,17 +224,17 @@ class Stacked(nnx.Module):
         return forward(x, self.blocks)
 
 
-@case("nnx", "scan", scopes=3, cuts=3, flags="scan float32-inside")
+@case("nnx", "scan", scopes=3, cuts=3, flags="scan float32-inside", iterations=3)
 def scan_blocks(_: Any) -> Parts:
     return parts_of(lambda rngs: Stacked(Block, rngs=rngs), floats(3, 4, 8))
 
 
-@case("nnx", "scan", scopes=3, cuts=3, flags="scan remat float32-inside")
+@case("nnx", "scan", scopes=3, cuts=3, flags="scan remat float32-inside", iterations=3)
 def scan_blocks_remat(_: Any) -> Parts:
     return parts_of(lambda rngs: Stacked(RematBlock, rngs=rngs), floats(3, 4, 8))
 
 
-@case("nnx", "scan", scopes=3, cuts=3, flags="scan float32-inside")
+@case("nnx", "scan", scopes=3, cuts=3, flags="scan float32-inside", iterations=3)
 def scan_stacked_state(_: Any) -> Parts:
     """The stacked state split off once and given to `jax.lax.scan`, a layer's slice at a time."""
     graph, state = nnx.split(made(lambda rngs: Stacked(Block, rngs=rngs).blocks, stacked=1))
@@ -268,12 +268,19 @@ def lstm_inputs(dtype: Any) -> Parts:
     return _recurrent(nnx.LSTMCell, dtype)
 
 
-@case("nnx", "lstm", scopes=5, cuts=5, flags="scan time tuple-state pytree-input pytree-output")
+@case(
+    "nnx",
+    "lstm",
+    scopes=5,
+    cuts=5,
+    flags="scan time tuple-state pytree-input pytree-output",
+    iterations=5,
+)
 def lstm_state(dtype: Any) -> Parts:
     return _recurrent(nnx.OptimizedLSTMCell, dtype, (floats(3, 6, seed=1), floats(3, 6, seed=2)))
 
 
-@case("nnx", "gru", scopes=5, cuts=5, flags="scan time")
+@case("nnx", "gru", scopes=5, cuts=5, flags="scan time", iterations=5)
 def gru_h0(dtype: Any) -> Parts:
     return _recurrent(nnx.GRUCell, dtype, floats(3, 6, seed=1))
 
