@@ -54,6 +54,15 @@ def sub_jaxprs(params: dict[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
+def inner_eqns(params: dict[str, Any]) -> Iterator[Any]:
+    """All equations inside an equation's sub-programs, at any depth."""
+    for _, closed in sub_jaxprs(params):
+        jaxpr, _ = open_jaxpr(closed)
+        for eqn in jaxpr.eqns:
+            yield eqn
+            yield from inner_eqns(eqn.params)
+
+
 def argument_names(jaxpr: Any) -> tuple[str, ...]:
     """The trace's names of its flat arguments, such as `p['layer']['w']`; empty where JAX gives none."""
     info = getattr(jaxpr, "debug_info", None)

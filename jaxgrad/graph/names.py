@@ -19,6 +19,7 @@ _CLASS_SCOPE = re.compile(r"^(eqx|equinox)\.|->|^\$|^(checkpoint|rematted_comput
 # Elementwise arithmetic that keeps a constant operand from turning a weight into data (a mask on a
 # weight).
 _SHAPING = {"mul", "add", "sub", "div", "select_n", "max", "min", "concatenate", "pad"}
+_SHAPING |= {"dynamic_slice", "dynamic_update_slice"}
 # The collection in which flax keeps its parameters: no module of the model.
 _COLLECTIONS = ("params", "param", "batch_stats", "state")
 
@@ -33,6 +34,7 @@ class Labels:
         taps: value -> name that the user gave it.
         by_scope: operations whose path comes from a scope.
         root: the scope of the whole model; its own operations have the path `()`.
+        named: values that are computed from named parameters alone.
     """
 
     path: dict[Op, Path] = field(default_factory=dict)
@@ -40,6 +42,7 @@ class Labels:
     taps: dict[Value, str] = field(default_factory=dict)
     by_scope: set[Op] = field(default_factory=set)
     root: Path = ()
+    named: set[Value] = field(default_factory=set)
 
 
 def module_of(leaf: str) -> Path:
@@ -84,7 +87,9 @@ def label(block: Block, table: Table, parameters: dict[Value, str]) -> Labels:
         parameters: value -> name of the parameter leaf, for inputs and constants of the block.
     """
     labels = Labels()
-    _uses(block, {v: frozenset([n]) for v, n in parameters.items()}, table, labels)
+    roles = {v: frozenset([n]) for v, n in parameters.items()}
+    _uses(block, roles, set(table.constants), table, labels)
+    labels.named = set(roles)
     ambiguous = _ambiguous_scopes(block, labels)
     root = labels.root = _root_scope(block, ambiguous)
     for _, op in walk(block):
@@ -100,9 +105,32 @@ def label(block: Block, table: Table, parameters: dict[Value, str]) -> Labels:
     return labels
 
 
-def _uses(block: Block, roles: dict[Value, frozenset[str]], table: Table, labels: Labels) -> None:
-    """Follow parameters: `roles` holds the values that are computed from parameters alone."""
-    neutral = {v for v in table.constants}
+def label_calls(ops: Iterable[Op], labels: Labels) -> None:
+    """Label the scans and branches that stay one operation by what is inside them."""
+    for op in ops:
+        inside = [o for inner in op.blocks for _, o in walk(inner)]
+        if not inside or labels.uses.get(op):
+            continue
+        paths = [labels.path[o] for o in inside if labels.path.get(o)]
+        leaves = frozenset().union(*(labels.uses.get(o, ()) for o in inside))
+        if leaves:
+            labels.uses[op] = leaves
+        if paths and not labels.path.get(op):
+            labels.path[op] = common_prefix(paths) or min(paths)
+
+
+def _uses(
+    block: Block,
+    roles: dict[Value, frozenset[str]],
+    neutral: set[Value],
+    table: Table,
+    labels: Labels,
+) -> None:
+    """Follow parameters.
+
+    `roles` holds the values that are computed from parameters alone, `neutral` those from constants
+    alone.
+    """
     for op in block.ops:
         inputs = value_inputs(op)
         named = [roles[v] for v in inputs if v in roles]
@@ -116,10 +144,22 @@ def _uses(block: Block, roles: dict[Value, frozenset[str]], table: Table, labels
         elif not others and not op.blocks:
             neutral |= set(op.outputs)
         for inner in op.blocks:
-            _uses(inner, _inner_roles(op, inner, roles), table, labels)
+            _pass_neutral(op, inner, neutral, table)
+            _uses(inner, _inner_roles(op, inner, roles), neutral, table, labels)
             for outer, ref in zip(op.outputs, inner.outputs, strict=True):
                 if not isinstance(ref, Lit) and ref in roles and op.kind in ("jit", "remat"):
                     roles[outer] = roles[ref]
+
+
+def _pass_neutral(op: Op, inner: Block, neutral: set[Value], table: Table) -> None:
+    """Constants stay constants inside a call; of what a loop carries, only its integer counter."""
+    arguments = op.inputs[1:] if op.kind == "cond" else op.inputs
+    carried = range(op.num_consts, op.num_consts + op.num_carry)
+    for i, (value, ref) in enumerate(zip(inner.inputs, arguments, strict=True)):
+        constant = isinstance(ref, Lit) or ref in neutral
+        counter = not table.avals[value].shape and not table.is_float(value)
+        if constant and (i not in carried or counter):
+            neutral.add(value)
 
 
 def _inner_roles(
@@ -143,13 +183,21 @@ def _clean(scope: Path, ambiguous: set[Path]) -> Path:
             if part.startswith(("eqx.", "equinox.")):
                 break
             continue
+        owner = part.rpartition(".")[0]
+        following = scope[i + 1] if i + 1 < len(scope) else None
+        if owner and (
+            owner in kept or owner == following
+        ):  # flax: `blocks.body/blocks`, a method's name
+            continue
         kept.append(part)
     return tuple(kept)
 
 
 def _root_scope(block: Block, ambiguous: set[Path]) -> Path:
     """The scope of the whole model, which adds nothing to a name: at most the outermost module."""
-    scopes = [s for _, op in walk(block) if (s := _clean(op.scope, ambiguous))]
+    cleaned = [(op, _clean(op.scope, ambiguous)) for _, op in walk(block)]
+    # a scan outside of every scope shows that the scope inside it is a layer and not the model
+    scopes = [scope for op, scope in cleaned if scope or op.kind == "scan"]
     prefix = common_prefix(scopes)
     if (
         len({s[: len(prefix) + 1] for s in scopes}) <= 1

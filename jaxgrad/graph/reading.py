@@ -10,9 +10,20 @@ def opaque_regions(block: Block, table: Table, labels: Labels) -> tuple[str, ...
     """Operations that jaxgrad runs but does not look into, each with its layer and the line that made it."""
     found = []
     for _, op in walk(block):
-        if op.kind == "opaque" and any(table.is_float(v) for v in op.outputs):
+        if op.kind == "opaque" and any(table.is_float(v) for v in op.outputs) and not _is_small(op):
             found.append(describe(op, labels))
     return tuple(dict.fromkeys(found))
+
+
+def _is_small(op: Op) -> bool:
+    """An activation with a derivative rule of its own, such as `jax.nn.relu`: there is nothing inside to see."""
+    inner = {e.primitive.name for e in compat.inner_eqns(op.eqn.params)}
+    return op.name == "custom_jvp_call" and not inner & {
+        "dot_general",
+        "conv_general_dilated",
+        "scan",
+        "while",
+    }
 
 
 def describe(op: Op, labels: Labels) -> str:

@@ -1,0 +1,413 @@
+"""From a function to the programs of its layers, and running them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.graph import batching, capture, closures, cuts, flatten, layers, names, reading
+from jaxgrad.graph.arguments import parameter_labels
+from jaxgrad.graph.flatten import Line
+from jaxgrad.graph.ir import Lit, Table, Value, value_inputs, walk
+from jaxgrad.graph.program import Program, State
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """One layer as a program with its arrays.
+
+    Attributes:
+        name: the layer's name.
+        program: what it computes.
+        constants: the values of its literals and constants.
+        sides: the values of its side inputs at the input the chain was made with.
+        in_tree: structure of the incoming state.
+        out_tree: structure of the outgoing state.
+        batch_in: where the examples lie in the incoming state; None without a batch.
+        batch_out: the same for the outgoing state.
+    """
+
+    name: str
+    program: Program
+    constants: State
+    sides: State
+    in_tree: Any
+    out_tree: Any
+    batch_in: batching.Layout | None = None
+    batch_out: batching.Layout | None = None
+
+    def __call__(self, h: Any) -> Any:
+        state = check_state(h, self.program, self.in_tree, self.name)
+        after, _ = run_program(self.program, self.constants, self.sides, state)
+        return jax.tree.unflatten(self.out_tree, after)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A chain at one input.
+
+    Attributes:
+        links: the layers, their side inputs at this input.
+        states: the states before, between and after the layers, each a tuple of arrays.
+        trees: the states' structures.
+    """
+
+    links: tuple[Link, ...]
+    states: tuple[State, ...]
+    trees: tuple[Any, ...]
+
+    def tree_of(self, k: int, state: State) -> Any:
+        """A state as the user's layers take it."""
+        return jax.tree.unflatten(self.trees[k], state)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What was found while a function was factorized.
+
+    Attributes:
+        cuts: number of cuts, input and output included.
+        start: what the first state is.
+        opaque: operations that were not looked into.
+        closed_scans: scans that are one layer, each with the reason.
+        side_inputs: values that layers take besides the state.
+        uncovered: parameters that no named layer uses.
+        made_up_names: layers that nothing named.
+        independence: "proved" or "probed" for a batch, empty for one example.
+    """
+
+    cuts: int
+    start: str = "the input"
+    opaque: tuple[str, ...] = ()
+    closed_scans: tuple[str, ...] = ()
+    side_inputs: tuple[str, ...] = ()
+    uncovered: tuple[str, ...] = ()
+    made_up_names: tuple[str, ...] = ()
+    independence: str = ""
+
+    def __str__(self) -> str:
+        notes = [f"starts at {self.start}"] if self.start != "the input" else []
+        for text, items in (
+            ("opaque", self.opaque),
+            ("one layer", self.closed_scans),
+            ("held as side inputs", self.side_inputs),
+            ("parameters in no layer", self.uncovered),
+            ("named by jaxgrad", self.made_up_names),
+        ):
+            notes += [f"{text}: {', '.join(items)}"] if items else []
+        notes += [f"examples independent ({self.independence})"] if self.independence else []
+        return "\n".join(f"  {note}" for note in notes)
+
+
+_jitted_run = jax.jit(
+    lambda program, constants, sides, state: program.run(constants, sides, state), static_argnums=0
+)
+
+
+def run_program(
+    program: Program, constants: State, sides: State, state: State
+) -> tuple[State, State]:
+    """Run a program, compiled once for all programs equal to it."""
+    return _jitted_run(program, constants, sides, state)
+
+
+def check_state(h: Any, program: Program, tree: Any, name: str) -> State:
+    """The leaves of a state, after a check of its structure and shapes."""
+    leaves, found = jax.tree.flatten(h)
+    expected = [program.table.avals[v] for v in program.before]
+    shapes = [tuple(np.shape(leaf)) for leaf in leaves]
+    wanted = [tuple(a.shape) for a in expected]
+    if found != tree or shapes != wanted:
+        raise ValueError(
+            f"layer {name!r}: expected a state of shape {wanted if len(wanted) != 1 else wanted[0]}, "
+            f"got {shapes if len(shapes) != 1 else shapes[0]}; states of this chain are made by chain.states(x)"
+        )
+    return tuple(jnp.asarray(leaf, a.dtype) for leaf, a in zip(leaves, expected, strict=True))
+
+
+def factorize(
+    fun: Callable[..., Any], args: tuple, argnum: int, batch_axis: int | None, mode: str | int
+) -> tuple[list[Link], Graph, Callable[[Any], Run]]:
+    """See `jaxgrad.factorize`."""
+    if isinstance(mode, str) and mode not in ("scopes", "cuts"):
+        raise ValueError(
+            f"factorize(layers=): expected 'scopes', 'cuts' or an integer depth, got {mode!r}"
+        )
+    if not 0 <= argnum < len(args):
+        raise TypeError(f"factorize(argnum={argnum}): got {len(args)} arguments")
+    leaves, in_tree = jax.tree.flatten(args[argnum])
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    what = f"argument {parameter_labels(fun, len(args))[argnum]!r}"
+
+    def of_input(*values: Any) -> Any:
+        full = list(args)
+        full[argnum] = jax.tree.unflatten(in_tree, values)
+        return fun(*full)
+
+    traced = capture.capture(of_input, leaves)
+    table, inputs = traced.table, list(traced.block.inputs)
+    if not traced.block.outputs:
+        raise ValueError("factorize: the function returns no array")
+    parameters = closures.name_constants(fun, args, argnum, table.constants)
+    labels = names.label(traced.block, table, parameters)
+    scans = _scan_paths(traced.block, labels)
+    line = flatten.unroll(flatten.inline(traced.block, labels), table, inputs, labels)
+    names.label_calls(line.ops, labels)
+    chained = cuts.find_chain(line, table, inputs, what)
+    groups = layers.group(chained, labels, table, mode, scans)
+    layouts, independence = None, ""
+    if batch_axis is not None:
+        layouts, independence = batching.layouts(
+            chained, line, table, inputs, leaves, batch_axis, labels
+        )
+    made = _Factorized(chained, groups, line, table, inputs, in_tree, traced.out_tree, layouts)
+    links = made.links(leaves)
+    graph = _describe(made, labels, parameters, independence, traced.block)
+    return links, graph, made.resolver(links)
+
+
+class _Factorized:
+    """A factorized function: its programs, and how to run them on another input."""
+
+    def __init__(self, chained, groups, line, table, inputs, in_tree, out_tree, layouts) -> None:
+        self.groups, self.table, self.inputs, self.in_tree = groups, table, inputs, in_tree
+        self.chained, self.layouts, self.out_tree = chained, layouts, out_tree
+        self.closed_scans = line.closed_scans
+        influenced = chained.depends.influenced | set(inputs)
+        self.programs = [
+            Program(
+                [op for s in group.segments for op in s.ops],
+                group.segments[0].before,
+                group.segments[-1].after,
+                influenced,
+                table,
+            )
+            for group in groups
+        ]
+        self.prelude = Program(chained.prelude, inputs, chained.start, influenced, table)
+        self._pass_sides_on()
+        self.fixed = _fixed_values(line, influenced, table, [self.prelude, *self.programs])
+
+    def _pass_sides_on(self) -> None:
+        needed = {v for program in self.programs for v in program.sides}
+        for program in (self.prelude, *self.programs):
+            made = [v for op in program.ops for v in op.outputs if v in needed]
+            program.side_outputs = tuple(dict.fromkeys(made))
+
+    def constants(self, program: Program) -> State:
+        values = (self.fixed[v] for v in program.constants)
+        return (*program.literal_values(), *values)
+
+    def trees(self) -> list[Any]:
+        """Structure of every state."""
+        chained = self.chained
+        states = [chained.start, *(group.segments[-1].after for group in self.groups)]
+        leaf = jax.tree.structure(0)
+        trees = [leaf if len(s) == 1 else jax.tree.structure(tuple(s)) for s in states]
+        if chained.start == tuple(v for v in self.inputs if self.table.is_float(v)):
+            skeleton = [0 if self.table.is_float(v) else None for v in self.inputs]
+            trees[0] = jax.tree.structure(jax.tree.unflatten(self.in_tree, skeleton))
+        if self.groups and self.out_tree.num_leaves == len(states[-1]):
+            trees[-1] = self.out_tree
+        return trees
+
+    def forward(self, leaves: Sequence[Any]) -> tuple[list[State], list[State]]:
+        """All states and the side inputs of all layers, at an input."""
+        env = dict(zip(self.inputs, leaves, strict=True))
+        state, sides = run_program(self.prelude, self.constants(self.prelude), (), tuple(leaves))
+        env |= dict(zip(self.prelude.side_outputs, sides, strict=True))
+        env |= dict(zip(self.chained.start, state, strict=True))
+        states, all_sides = [state], []
+        for program in self.programs:
+            taken = tuple(env[v] for v in program.sides)
+            state, made = run_program(program, self.constants(program), taken, state)
+            env |= dict(zip(program.side_outputs, made, strict=True))
+            states.append(state)
+            all_sides.append(taken)
+        return states, all_sides
+
+    def links(self, leaves: Sequence[Any]) -> list[Link]:
+        trees = self.trees()
+        needs_sides = any(program.sides for program in self.programs)
+        sides = self.forward(leaves)[1] if needs_sides else [()] * len(self.programs)
+        states = [self.chained.start, *(group.segments[-1].after for group in self.groups)]
+        layouts = [self.layouts[s] if self.layouts else None for s in states]
+        return [
+            Link(group.name, program, self.constants(program), sides[k], trees[k], trees[k + 1],
+                 layouts[k], layouts[k + 1])
+            for k, (group, program) in enumerate(zip(self.groups, self.programs, strict=True))
+        ]  # fmt: skip
+
+    def resolver(self, links: list[Link]) -> Callable[[Any], Run]:
+        trees = tuple(self.trees())
+        avals = [self.table.avals[v] for v in self.inputs]
+
+        def resolve(x: Any) -> Run:
+            leaves, tree = jax.tree.flatten(x)
+            shapes = [tuple(np.shape(leaf)) for leaf in leaves]
+            if tree != self.in_tree or shapes != [tuple(a.shape) for a in avals]:
+                raise ValueError(
+                    f"the chain was made for an input of shape {[tuple(a.shape) for a in avals]}, got {shapes}; "
+                    "factorize the function again for another shape"
+                )
+            leaves = [jnp.asarray(leaf, a.dtype) for leaf, a in zip(leaves, avals, strict=True)]
+            states, sides = self.forward(leaves)
+            current = tuple(
+                Link(
+                    k.name,
+                    k.program,
+                    k.constants,
+                    s,
+                    k.in_tree,
+                    k.out_tree,
+                    k.batch_in,
+                    k.batch_out,
+                )
+                for k, s in zip(links, sides, strict=True)
+            )
+            return Run(current, tuple(states), trees)
+
+        return resolve
+
+
+def _fixed_values(
+    line: Line, influenced: set[Value], table: Table, programs: Sequence[Program]
+) -> dict[Value, Any]:
+    """Everything that does not depend on the chain's input, computed once."""
+    env = dict(table.constants)
+    needed = {v for program in programs for v in program.constants}
+    todo = []
+    for op in reversed(line.ops):
+        if any(v in needed for v in op.outputs) and not any(v in influenced for v in op.outputs):
+            needed.update(value_inputs(op))
+            todo.append(op)
+    for op in reversed(todo):
+        values = [ref.value if isinstance(ref, Lit) else env[ref] for ref in op.inputs]
+        env.update(zip(op.outputs, flatten.run_op(op, values), strict=True))
+    return env
+
+
+def _scan_paths(block: Any, labels: names.Labels) -> dict[Value, names.Path]:
+    """First output of each scan -> the layer path that its iterations repeat."""
+    paths = {}
+    for _, op in walk(block):
+        if op.kind == "scan":
+            inside = [labels.path[o] for _, o in walk(op.blocks[0]) if labels.path.get(o)]
+            paths[op.outputs[0]] = names.common_prefix(inside) or labels.path.get(op, ())
+    return paths
+
+
+def _describe(
+    made: _Factorized,
+    labels: names.Labels,
+    parameters: dict[Value, str],
+    independence: str,
+    block: Any,
+) -> Graph:
+    chained, table = made.chained, made.table
+    used = {name for uses in labels.uses.values() for name in uses}
+    sides = dict.fromkeys(v for program in made.programs for v in program.sides)
+    start = "the input"
+    if chained.start != tuple(v for v in made.inputs if table.is_float(v)):
+        producer = chained.prelude[-1] if chained.prelude else None
+        where = "/".join(labels.path.get(producer, ())) if producer else ""
+        aval = table.avals[chained.start[0]]
+        start = f"the first float cut, {aval.dtype}{list(aval.shape)}" + (
+            f" of {where}" if where else ""
+        )
+    return Graph(
+        cuts=len(chained.segments) + 1,
+        start=start,
+        opaque=reading.opaque_regions(block, table, labels),
+        closed_scans=tuple(
+            f"{op.name} over {op.length} steps: {why}" for op, why in made.closed_scans.items()
+        ),
+        side_inputs=tuple(f"{table.avals[v].dtype}{list(table.avals[v].shape)}" for v in sides),
+        uncovered=tuple(
+            f"{n} (unused)" for n in dict.fromkeys(parameters.values()) if n not in used
+        ),
+        made_up_names=tuple(group.name for group in made.groups if group.made_up),
+        independence=independence,
+    )
+
+
+def resolve_given(given: Sequence[Any], x: Any, cache: dict[Any, Any]) -> Run:
+    """A chain of given functions at an input: each traced once for the type of its state."""
+    state, tree = _flat_state(x)
+    states, trees, links = [state], [tree], []
+    for k, layer in enumerate(given):
+        key = (k, tree, tuple((a.shape, str(a.dtype)) for a in state))
+        if key not in cache:
+            cache[key] = _trace_layer(layer.function, tree, state, layer.name)
+        program, constants, out_tree = cache[key]
+        links.append(Link(layer.name, program, constants, (), tree, out_tree))
+        state, _ = run_program(program, constants, (), state)
+        tree = out_tree
+        states.append(state)
+        trees.append(tree)
+    return Run(tuple(links), tuple(states), tuple(trees))
+
+
+def resolve_scanned(
+    block: Callable[[Any, Any], Any], stacked: Any, given: Sequence[Any], x: Any
+) -> Run:
+    """A chain of equal layers at an input: the block is traced once."""
+    state, tree = _flat_state(x)
+    params, params_tree = jax.tree.flatten(stacked)
+    first = [leaf[0] for leaf in params]
+
+    def call(*leaves: Any) -> Any:
+        own = jax.tree.unflatten(params_tree, leaves[: len(params)])
+        return block(own, jax.tree.unflatten(tree, leaves[len(params) :]))
+
+    traced = capture.capture(call, [*first, *state])
+    inputs = traced.block.inputs
+    program, fixed = _whole_program(traced, inputs[len(params) :])
+    states, links = [state], []
+    for k, layer in enumerate(given):
+        own = {v: leaf[k] for v, leaf in zip(inputs, params, strict=False)}
+        values = tuple(own[v] if v in own else fixed[v] for v in program.constants)
+        constants = (*program.literal_values(), *values)
+        links.append(Link(layer.name, program, constants, (), tree, traced.out_tree))
+        state, _ = run_program(program, constants, (), states[-1])
+        _check_same_type(states[0], state, layer.name)
+        states.append(state)
+    return Run(tuple(links), tuple(states), (tree,) * len(states))
+
+
+def _check_same_type(before: State, after: State, name: str) -> None:
+    types = [[(tuple(a.shape), str(a.dtype)) for a in state] for state in (before, after)]
+    if types[0] != types[1]:
+        raise ValueError(
+            f"layer {name!r}: Chain.scanned expects a block that keeps the state's shape and dtype, "
+            f"got {types[0]} -> {types[1]}"
+        )
+
+
+def _flat_state(x: Any) -> tuple[State, Any]:
+    leaves, tree = jax.tree.flatten(x)
+    return tuple(jnp.asarray(leaf) for leaf in leaves), tree
+
+
+def _trace_layer(function: Any, tree: Any, state: State, name: str) -> tuple[Program, State, Any]:
+    try:
+        traced = capture.capture(lambda *leaves: function(jax.tree.unflatten(tree, leaves)), state)
+    except (TypeError, ValueError) as error:
+        shapes = [tuple(a.shape) for a in state]
+        raise ValueError(f"layer {name!r} fails on a state of shape {shapes}: {error}") from error
+    program, fixed = _whole_program(traced, traced.block.inputs)
+    constants = (*program.literal_values(), *(fixed[v] for v in program.constants))
+    return program, constants, traced.out_tree
+
+
+def _whole_program(
+    traced: capture.Capture, state: Sequence[Value]
+) -> tuple[Program, dict[Value, Any]]:
+    line = flatten.inline(traced.block, names.Labels())
+    line.ops = flatten.needed_ops(line)
+    influenced = flatten.dependence(line.ops, traced.table, state).influenced
+    program = Program(line.ops, state, line.outputs, influenced, traced.table)
+    return program, traced.table.constants

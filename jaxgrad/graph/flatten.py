@@ -1,0 +1,254 @@
+"""One straight line: calls inlined, and scans unrolled where each iteration is a link of the chain."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad.graph import compat
+from jaxgrad.graph.ir import (
+    Block,
+    Lit,
+    Op,
+    Ref,
+    Table,
+    Value,
+    clone,
+    substitute,
+    value_inputs,
+)
+from jaxgrad.graph.names import Labels
+
+Iteration = tuple[tuple[int, int], ...]
+
+
+@dataclass(eq=False)
+class Line:
+    """A straight-line program.
+
+    Attributes:
+        ops: operations in order; none of them is a `jit` or `remat` call.
+        outputs: what it returns.
+        marks: iteration of an unrolled scan -> what it carries on.
+        closed_scans: scans that could not be unrolled, each with the reason.
+    """
+
+    ops: list[Op]
+    outputs: list[Ref]
+    marks: dict[Iteration, tuple[Ref, ...]] = field(default_factory=dict)
+    closed_scans: dict[Op, str] = field(default_factory=dict)
+
+
+def inline(block: Block, labels: Labels) -> Line:
+    """Replace every `jit` and `remat` call by its body; recompute-in-backward changes no derivative."""
+    mapping: dict[Value, Ref] = {}
+    ops: list[Op] = []
+    _inline(block, mapping, ops, labels)
+    return Line(ops, [substitute(ref, mapping) for ref in block.outputs])
+
+
+def _inline(block: Block, mapping: dict[Value, Ref], ops: list[Op], labels: Labels) -> None:
+    for op in block.ops:
+        inputs = tuple(substitute(ref, mapping) for ref in op.inputs)
+        if op.kind in ("jit", "remat"):
+            inner = op.blocks[0]
+            mapping.update(zip(inner.inputs, inputs, strict=True))
+            _inline(inner, mapping, ops, labels)
+            mapping.update(zip(op.outputs, inner.outputs, strict=True))
+        else:
+            new = replace(op, inputs=inputs)
+            _copy_labels(op, new, labels)
+            ops.append(new)
+
+
+def _copy_labels(old: Op, new: Op, labels: Labels) -> None:
+    for table in (labels.path, labels.uses):
+        if old in table:
+            table[new] = table[old]
+    if old in labels.by_scope:
+        labels.by_scope.add(new)
+    for a, b in zip(old.outputs, new.outputs, strict=True):
+        if a in labels.taps:
+            labels.taps[b] = labels.taps[a]
+
+
+@dataclass(eq=False)
+class Dependence:
+    """How each value depends on the chain's input.
+
+    Attributes:
+        influenced: values that depend on it in any way.
+        smooth: floating-point values that a gradient with respect to it can reach.
+    """
+
+    influenced: set[Value]
+    smooth: set[Value]
+
+
+def dependence(ops: Iterable[Op], table: Table, inputs: Iterable[Value]) -> Dependence:
+    """Follow the input through the operations.
+
+    A gradient ends at integers, booleans and keys, and at `stop_gradient`.
+    """
+    influenced = set(inputs)
+    found = Dependence(influenced, {v for v in influenced if table.is_float(v)})
+    _follow(ops, table, found)
+    return found
+
+
+def _follow(ops: Iterable[Op], table: Table, found: Dependence) -> None:
+    for op in ops:
+        if op.kind in ("scan", "jit", "remat"):
+            _follow_call(op, table, found)
+            continue
+        inputs = value_inputs(op)
+        if any(v in found.influenced for v in inputs):
+            found.influenced.update(op.outputs)
+        if op.name != "stop_gradient" and any(v in found.smooth for v in inputs):
+            found.smooth.update(v for v in op.outputs if table.is_float(v))
+
+
+def _follow_call(op: Op, table: Table, found: Dependence) -> None:
+    """Through the body of a call; a scan's again and again, until what it carries stops changing."""
+    inner = op.blocks[0]
+    carried = inner.inputs[op.num_consts : op.num_consts + op.num_carry]
+    sets = (found.influenced, found.smooth)
+    _pass_on(inner.inputs, op.inputs, sets)
+    before = None
+    while before != (size := tuple(map(len, sets))):
+        before = size
+        _follow(inner.ops, table, found)
+        _pass_on(carried, inner.outputs[: op.num_carry], sets)
+    _pass_on(op.outputs, inner.outputs, sets)
+
+
+def _pass_on(
+    targets: Iterable[Value], sources: Iterable[Ref], sets: tuple[set[Value], ...]
+) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        for known in sets:
+            if not isinstance(source, Lit) and source in known:
+                known.add(target)
+
+
+def needed_ops(line: Line) -> list[Op]:
+    """The operations that the outputs need, in order; effects keep theirs too."""
+    needed = {ref for ref in line.outputs if not isinstance(ref, Lit)}
+    kept = []
+    for op in reversed(line.ops):
+        if any(v in needed for v in op.outputs) or getattr(op.eqn, "effects", None):
+            needed.update(value_inputs(op))
+            kept.append(op)
+    return kept[::-1]
+
+
+def unroll(line: Line, table: Table, inputs: list[Value], labels: Labels) -> Line:
+    """Unroll every scan at whose iterations nothing but the carry depends on the input.
+
+    Args:
+        line: the program, with calls inlined.
+        table: its values; new ones are added.
+        inputs: the chain's input.
+        labels: extended to the new operations.
+    """
+    while True:
+        line = replace(line, ops=needed_ops(line))
+        depends = dependence(line.ops, table, inputs)
+        reasons = {op: _why_closed(op, line, depends) for op in line.ops if op.kind == "scan"}
+        line.closed_scans = {op: why for op, why in reasons.items() if why}
+        todo = next((op for op, why in reasons.items() if why == ""), None)
+        if todo is None:
+            return line
+        line = _unrolled(line, todo, table, labels)
+
+
+def _why_closed(scan: Op, line: Line, depends: Dependence) -> str | None:
+    """Why a scan stays one operation: a sentence; "" if it can be unrolled; None if nobody asks."""
+    first = scan.num_consts + scan.num_carry
+    smooth_in = [isinstance(ref, int) and ref in depends.smooth for ref in scan.inputs]
+    if not any(v in depends.smooth for v in scan.outputs):
+        return None
+    if any(smooth_in[first:]):
+        return "its per-step inputs depend on the chain's input"
+    if any(smooth_in[: scan.num_consts]):
+        return "every iteration reads a value that depends on the chain's input"
+    position = line.ops.index(scan)
+    later = {v for op in line.ops[position + 1 :] for v in value_inputs(op)}
+    later |= {ref for ref in line.outputs if not isinstance(ref, Lit)}
+    stacked = scan.outputs[scan.num_carry :]
+    if any(v in later and v in depends.smooth for v in stacked):
+        return "its stacked outputs are used and depend on the chain's input"
+    inside = {v for op in line.ops[position:] for v in op.outputs}
+    used_later = {
+        v
+        for op in line.ops[position + 1 :]
+        if any(o in depends.smooth for o in op.outputs)
+        for v in value_inputs(op)
+    } | {ref for ref in line.outputs if not isinstance(ref, Lit)}
+    if any(v in depends.smooth and v not in inside for v in used_later):
+        return "another value that depends on the chain's input lives across it"
+    return ""
+
+
+def _unrolled(line: Line, scan: Op, table: Table, labels: Labels) -> Line:
+    position = line.ops.index(scan)
+    inner, first = scan.blocks[0], scan.num_consts + scan.num_carry
+    constants, carry = scan.inputs[: scan.num_consts], scan.inputs[scan.num_consts : first]
+    order = range(scan.length)
+    ops: list[Op] = []
+    marks = dict(line.marks)
+    stacks: list[dict[int, Ref]] = [{} for _ in scan.outputs[scan.num_carry :]]
+    for k in reversed(order) if scan.eqn.params["reverse"] else order:
+        mark = (*scan.iteration, (scan.outputs[0], k))
+        slices = [_index(ref, k, table, mark) for ref in scan.inputs[first:]]
+        mapping: dict[Value, Ref] = dict(
+            zip(inner.inputs, [*constants, *carry, *(s.outputs[0] for s in slices)], strict=True)
+        )
+        body = clone(inner, table, mapping, lambda op, mark=mark: replace(op, iteration=mark))
+        _copy_block_labels(inner.ops, body.ops, labels)
+        inlined = inline(body, labels)
+        iteration_ops = [*slices, *inlined.ops]
+        carry = tuple(inlined.outputs[: scan.num_carry])
+        marks[mark] = carry
+        for n, ref in enumerate(inlined.outputs[scan.num_carry :]):
+            stacks[n][k] = ref
+        ops += iteration_ops
+    renames = dict(zip(scan.outputs, carry, strict=False))
+    for value, pieces in zip(scan.outputs[scan.num_carry :], stacks, strict=True):
+        ops.append(_stack(value, [pieces[k] for k in range(scan.length)], scan))
+    rest = []
+    for op in line.ops[position + 1 :]:
+        new = replace(op, inputs=tuple(substitute(ref, renames) for ref in op.inputs))
+        _copy_labels(op, new, labels)
+        rest.append(new)
+    outputs = [substitute(ref, renames) for ref in line.outputs]
+    marks = {m: tuple(substitute(ref, renames) for ref in refs) for m, refs in marks.items()}
+    return Line([*line.ops[:position], *ops, *rest], outputs, marks)
+
+
+def _copy_block_labels(old: Iterable[Op], new: Iterable[Op], labels: Labels) -> None:
+    for a, b in zip(old, new, strict=True):
+        _copy_labels(a, b, labels)
+        for inner_a, inner_b in zip(a.blocks, b.blocks, strict=True):
+            _copy_block_labels(inner_a.ops, inner_b.ops, labels)
+
+
+def _index(ref: Ref, k: int, table: Table, mark: Iteration) -> Op:
+    aval = table.avals[ref]
+    value = table.new(jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype))
+    return Op("index", "index", (ref,), (value,), None, iteration=mark, length=k)
+
+
+def _stack(value: Value, refs: list[Ref], scan: Op) -> Op:
+    return Op("stack", "stack", tuple(refs), (value,), None, scope=scan.scope)
+
+
+def run_op(op: Op, values: list[Any]) -> list[Any]:
+    """Run one operation of a line."""
+    if op.kind == "index":
+        return [jax.lax.index_in_dim(values[0], op.length, keepdims=False)]
+    if op.kind == "stack":
+        return [jnp.stack(values)]
+    return compat.bind(op.eqn, values)
