@@ -89,7 +89,7 @@ def test_a_branch_that_did_not_run_is_neither_broken_nor_counted():
         ([1e-12, 1e-2], "shrinks by 10.0 powers of ten", True),
         ([1e-4, 1e-2], "shrinks 100 times", False),
         ([1e3, 1e-2], "grows 100,000 times", True),
-        ([2e-3, 1e-3], "keeps its scale: 2 times", False),
+        ([2e-3, 1e-3], "first layer's RMS is 2 times the last one's", False),
         ([0.0, 0.0, 1e-2], "No gradient at all reaches layer001 and 1 other", True),
         ([0.0, 0.0], "No gradient reaches any layer", True),
         ([1e-3, math.nan, math.inf], "14 values are NaN or infinite; the first layer", True),
@@ -203,14 +203,26 @@ def test_figures_are_the_same_bytes_every_time():
     assert figures.profile("t", VANISHING, None) == figures.profile("t", VANISHING, None)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.12, 9.0), (0.9, 1.1), (1e-13, 1e-2), (1e-5, 3e-4)])
+def test_no_two_ticks_of_a_logarithmic_axis_read_alike(low, high):
+    svg = figures.profile("t", [low, high], None)
+    root = ElementTree.fromstring(svg)
+    space = "{http://www.w3.org/2000/svg}"
+    axis = next(g for g in root.iter(f"{space}g") if g.get("id") == "matplotlib.axis_2")
+    texts = ["".join(t.itertext()) for t in axis.iter(f"{space}text")]
+    assert len(texts) >= 2 and len(texts) == len(set(texts)), texts
+
+
 @pytest.mark.parametrize("values", [[], [1e-3], [0.0], [math.nan, math.inf], [1e-45, 3e38]])
 def test_any_numbers_make_figures(values):
     values = np.asarray(values, np.float32)
     _ = ElementTree.fromstring(figures.profile("t", values, values))
     _ = ElementTree.fromstring(figures.loss_curve(values))
-    names = [f"{k}{EVIL}" for k in range(len(values))]
+    names = [(r"$\frac$", r"$x^{2}$", "a$b\n\x1b")[k % 3] for k in range(len(values))]
     if names:
-        _ = ElementTree.fromstring(figures.heat_map(names, [0], values[None]))
+        svg = figures.heat_map(names, [0], values[None])
+        _ = ElementTree.fromstring(svg)
+        assert names[0] in svg  # as text, not as mathematics
 
 
 def test_a_heat_map_of_another_shape_is_refused():

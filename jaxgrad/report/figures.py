@@ -12,6 +12,7 @@ open triangle, NaN and infinity on the upper edge as a cross.
 # (matplotlib's methods return what they drew, and drawing is their effect)
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -214,11 +215,16 @@ def _power(exponent: float, _position: int | None = None) -> str:
 
 
 def _powers_of_ten(axes: Axes) -> None:
+    """Ticks at powers of ten, or at 1, 2, 5 times them where the axis spans less than two."""
     low, high = axes.get_ylim()
-    whole = high - low >= 1.5
-    axes.yaxis.set_major_locator(MaxNLocator(integer=whole, nbins=6, min_n_ticks=2))
-    plainly = FuncFormatter(lambda exponent, _: f"{10**exponent:.2g}")
-    axes.yaxis.set_major_formatter(FuncFormatter(_power) if whole else plainly)
+    if high - low >= 2:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.yaxis.set_major_formatter(FuncFormatter(_power))
+        return
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [power + math.log10(digit) for power in powers for digit in (1, 2, 5)]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(inside, [f"{10**tick:.1g}" for tick in inside])
 
 
 def _extent(shape: tuple[int, ...]) -> tuple[float, float, float, float]:

@@ -102,7 +102,7 @@ tbody tr:hover { background: var(--tint); }
 .reading { color: var(--faint); max-width: 46rem; font-size: .93rem; }
 .reading h2, .reading h3, .reading b { color: var(--ink); }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .92em; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); }
 .card {
   display: block; color: inherit; text-decoration: none; background: var(--card);
   border: 1px solid var(--grid); border-top: 5px solid var(--calm); border-radius: 8px; padding: 1rem 1.1rem;

@@ -179,8 +179,8 @@ def reading(flow: FlowLike) -> str:
         return f"No gradient at all reaches {ran[int(silent[-1])].name}{others}."
     decades = math.log10(gradient[0]) - math.log10(gradient[-1])
     if abs(decades) < 1:
-        ratio = f"{10**decades:.2g} times"
-        return f"The gradient keeps its scale: {ratio}, from the last layer to the first."
+        ratio = f"{10**decades:.2g} times the last one's"
+        return f"The gradient keeps its scale: the first layer's RMS is {ratio}."
     verb = "grows" if decades > 0 else "shrinks"
     return (
         f"The gradient {verb} {_times(abs(decades))} on its way from the last layer to the first."
