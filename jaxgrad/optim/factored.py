@@ -173,7 +173,8 @@ def adafactor(  # noqa: PLR0913, PLR0917 (optax's signature)
     def update(grads: PyTree, state: AdafactorState, params: PyTree) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError("adafactor needs the parameters: call update(grads, state, params)")
-        rate = 1.0 - jnp.array(state.count - decay_offset + 1, jnp.float32) ** (-decay_rate)
+        step_dtype = jnp.result_type(float) if arith.exact else jnp.float32
+        rate = 1.0 - jnp.array(state.count - decay_offset + 1, step_dtype) ** (-decay_rate)
         wide = map_inexact(arith.widen, grads)
         g, treedef = jax.tree.flatten(wide, is_leaf=lambda leaf: leaf is None)
         old = [treedef.flatten_up_to(tree) for tree in (params, *state[1:4])]
