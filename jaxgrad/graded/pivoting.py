@@ -31,6 +31,7 @@ class GradedQR(NamedTuple):
     order: Int[Array, "*batch r"]
     error: Float[Array, "*batch s"]  # estimated relative rounding error of d'
     died: Bool[Array, "*batch s"]  # d was not zero, d' is
+    wrong: Bool[Array, "*batch"]  # the order of the columns was wrong, and was left so
 
 
 class Columns(NamedTuple):
@@ -47,12 +48,17 @@ class Columns(NamedTuple):
     noise: Float[Array, "*batch r"]
 
 
-def graded_qr(columns: Columns) -> GradedQR:
-    """The pivoted QR of a matrix with graded columns. Every value must be finite."""
+def graded_qr(columns: Columns, repair: bool | Bool[Array, ""] = True) -> GradedQR:
+    """The pivoted QR of a matrix with graded columns. Every value must be finite.
+
+    Args:
+        columns: The matrix.
+        repair: Whether a wrong order of the columns is mended, by the slow path.
+    """
     if 0 in columns.values.shape[-2:]:
         return _empty_qr(columns)
     columns = _with_normalized_columns(columns)
-    return GradedQR(*_pivoted_qr(*columns))
+    return GradedQR(*_pivoted_qr(*columns, jnp.asarray(repair)))
 
 
 def row_scales(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m"]:
@@ -73,6 +79,7 @@ def _empty_qr(columns: Columns) -> GradedQR:
         order=jnp.broadcast_to(jnp.arange(width), (*batch, width)),
         error=none,
         died=none.astype(bool),
+        wrong=jnp.zeros(tuple(batch), bool),
     )
 
 
@@ -87,19 +94,21 @@ def _with_normalized_columns(columns: Columns) -> Columns:
 
 
 @custom_vmap
-def _pivoted_qr(values, mantissa, exponent, rows, noise):
+def _pivoted_qr(values, mantissa, exponent, rows, noise, repair):
     """See `graded_qr`. A batch shares one decision, so that the slow path is a real branch."""
     columns = Columns(values, mantissa, exponent, rows, noise)
     norms = jnp.linalg.norm(values, axis=-2)
     top = jnp.max(exponent, axis=-1, keepdims=True)
     score = jnp.log2(norms) + scale.log2_of(mantissa, exponent - top)
     order = jnp.argsort(-score, axis=-1)
-    result, wrong = _qr_in_order(columns, order)
+    result = _qr_in_order(columns, order)
 
     def repaired(_):
-        return _qr_in_order(columns, _pivot_order(columns, top))[0]
+        mended = _qr_in_order(columns, _pivot_order(columns, top))
+        return mended._replace(wrong=jnp.zeros_like(mended.wrong))
 
-    return tuple(jax.lax.cond(jnp.any(wrong), repaired, lambda kept: kept, result))
+    needed = jnp.any(result.wrong) & jnp.any(repair)
+    return tuple(jax.lax.cond(needed, repaired, lambda kept: kept, result))
 
 
 @_pivoted_qr.def_vmap
@@ -112,8 +121,8 @@ def _pivoted_qr_of_batch(axis_size, in_batched, *arguments):
     return results, (True,) * len(results)
 
 
-def _qr_in_order(columns: Columns, order) -> tuple[GradedQR, Bool[Array, "*batch"]]:
-    """QR with the columns in a given order, and whether that order was wrong."""
+def _qr_in_order(columns: Columns, order) -> GradedQR:
+    """QR with the columns in a given order."""
     columns = Columns(
         jnp.take_along_axis(columns.values, order[..., None, :], axis=-1),
         jnp.take_along_axis(columns.mantissa, order, axis=-1),
@@ -133,9 +142,9 @@ def _qr_in_order(columns: Columns, order) -> tuple[GradedQR, Bool[Array, "*batch
         columns.exponent[..., :count],
     )
     left = jnp.where(zero[..., None, :], 0, left * jnp.where(diagonal < 0, -1, 1)[..., None, :])
-    died = zero & ~was_zero
-    result = GradedQR(left, mantissa, exponent, unit, order, jnp.where(zero, 0, error), died)
-    return result, stray | (coupling > _LARGEST_COUPLING)
+    wrong = stray | (coupling > _LARGEST_COUPLING)
+    error = jnp.where(zero, 0, error)
+    return GradedQR(left, mantissa, exponent, unit, order, error, zero & ~was_zero, wrong)
 
 
 def _qr_with_sorted_rows(matrix):
@@ -145,8 +154,8 @@ def _qr_with_sorted_rows(matrix):
     squares", 1998.
     """
     order = jnp.argsort(-jnp.max(jnp.abs(matrix), axis=-1), axis=-1)
-    back = jnp.argsort(order, axis=-1)
     q, r = jnp.linalg.qr(jnp.take_along_axis(matrix, order[..., None], axis=-2))
+    back = jnp.argsort(order, axis=-1)
     return jnp.take_along_axis(q, back[..., None], axis=-2), r
 
 

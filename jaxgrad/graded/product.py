@@ -270,20 +270,28 @@ class Pending:
         )
         return replace(self, columns=columns)
 
-    def settled(self) -> tuple[Graded, Float[Array, "*batch"], Bool[Array, "*batch"]]:
+    def settled(
+        self, repair: bool | Bool[Array, ""] = True
+    ) -> tuple[Graded, Float[Array, "*batch"]]:
         """Moves what the pending layers did into the scales.
 
+        Args:
+            repair: Whether a wrong order of the columns is mended, by a slow path. Without it the
+                loss of such a product is inf.
+
         Returns:
-            The product; the largest relative rounding error that the pending layers made; and
-            whether a mode fell below rounding.
+            The product, and the largest relative rounding error that the pending layers made: inf
+            when a mode fell below rounding.
         """
         nan = jnp.isnan(self.columns.mantissa)
-        qr = graded_qr(self.columns._replace(mantissa=jnp.where(nan, 0.5, self.columns.mantissa)))
+        columns = self.columns._replace(mantissa=jnp.where(nan, 0.5, self.columns.mantissa))
+        qr = graded_qr(columns, repair)
         mantissa, exponent, evidence = _after(qr, nan, self.evidence)
         right = jnp.take_along_axis(self.right, qr.order[..., None], axis=-2)
         right = jnp.matmul(qr.unit, right, precision="highest")
-        product = Graded(qr.left, mantissa, exponent, right, evidence)
-        return product, jnp.max(qr.error, axis=-1, initial=0), jnp.any(qr.died, axis=-1)
+        lost = qr.wrong | jnp.any(qr.died, axis=-1)
+        loss = jnp.where(lost, jnp.inf, jnp.max(qr.error, axis=-1, initial=0))
+        return Graded(qr.left, mantissa, exponent, right, evidence), loss
 
 
 def _updated(evidence: Evidence, qr: GradedQR) -> Evidence:
