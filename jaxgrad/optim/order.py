@@ -77,10 +77,7 @@ def clip_order(tx: Any, params: PyTree, *, extra_args: dict[str, Any] | None = N
     after = {k: _after(probe, down.verdicts, k, follows) for k in counted}
     if intentional:
         after = dict.fromkeys(counted, follows)
-    if not counted:
-        verdict = _stateless(probe, seen, emissions)
-    else:
-        verdict = _verdict(up, after)
+    verdict = _verdict(up, after) if counted else _stateless(probe, seen, emissions)
     leaves = dict.fromkeys(probe.names, "unmoved")
     for k, name in enumerate(probe.names):
         if k in counted:
@@ -279,7 +276,7 @@ def _saturates(change: np.ndarray, size: np.ndarray, still: float) -> bool | Non
 
 
 def _until_overflow(steep: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Cuts a curve where the probe itself left float32's range: the value falls or is not finite."""
+    """Cuts a curve where the probe left float32's range: the value falls or is not finite."""
     bad = np.flatnonzero(~np.isfinite(values[1:]) | (values[1:] < 0.5 * values[:-1]))
     bad = bad[bad > 8]
     return steep[: bad[0]] if bad.size else steep
