@@ -1,18 +1,17 @@
-"""Where the examples of a batch lie after an operation that no rule knows: change one example and see what changes.
+"""Where the examples lie after an operation that no rule knows: change one, see what changes.
 
-A probe can only rule layouts out, at the inputs that it tries. The operands are the program's own values at the example
-input, then random changes of them.
+A probe can only rule layouts out, at the inputs that it tries. The operands are the program's own
+values at the example input, then random changes of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.graph.batch_rules import Coupled, Spec, candidates
+from jaxgrad.graph.batch_layout import Coupled, Spec, candidates
 from jaxgrad.graph.batch_walk import Walk, pullback
 from jaxgrad.graph.flatten import Line, run_op
 from jaxgrad.graph.ir import Lit, Op, Table, Value, is_float_dtype, value_inputs
@@ -50,7 +49,9 @@ class Prober:
         found = probe(lambda *v: run_op(op, list(v)), values, moved, walk.count)
         if any(smooth):
             fixed = Coupled("a gradient does not pass", smooth=False)
-            found = [s if v in walk.smooth else fixed for v, s in zip(op.outputs, found, strict=True)]
+            found = [
+                s if v in walk.smooth else fixed for v, s in zip(op.outputs, found, strict=True)
+            ]
             if "custom" in op.name:
                 found = self._with_rule(walk, op, values, found)
         return found
@@ -130,7 +131,9 @@ def probe(
 def _verdict(left: list[int], changed: bool) -> Spec:
     if left:
         return left[0]
-    return Coupled("changing one example changed the results of others (probed)") if changed else None
+    return (
+        Coupled("changing one example changed the results of others (probed)") if changed else None
+    )
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -143,15 +146,19 @@ def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(same, 0.0, np.where(np.isnan(size), np.inf, size))
 
 
-def _bases(values: Sequence[Any], specs: Sequence[Spec], rng: np.random.Generator) -> Iterator[list]:
+def _bases(
+    values: Sequence[Any], specs: Sequence[Spec], rng: np.random.Generator
+) -> Iterator[list]:
     """The operands as they are, then with their floats changed at random."""
     yield list(values)
     for _ in range(_BASES - 1):
-        yield [v if s is None else _noisy(np.array(v), rng) for v, s in zip(values, specs, strict=True)]
+        yield [
+            v if s is None else _noisy(np.array(v), rng) for v, s in zip(values, specs, strict=True)
+        ]
 
 
 def _noisy(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Other numbers of the same signs and sizes, so that a logarithm stays one; integers stay as they are."""
+    """Other numbers of the same signs and sizes; integers stay as they are."""
     if not is_float_dtype(array.dtype):
         return array
     factor = rng.uniform(0.5, 1.5, array.shape)
@@ -161,17 +168,20 @@ def _noisy(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _changes(
     base: Sequence[Any], specs: Sequence[Spec], count: int, rng: np.random.Generator
 ) -> Iterator[tuple[int, list]]:
-    """Operands that differ from the base in one example: rescaled, moved, or another example's own."""
+    """Operands that differ from the base in one example: rescaled, moved, or another's own."""
     examples = range(count)
     if count > _EXAMPLES:
         inner = rng.choice(np.arange(1, count - 1), _EXAMPLES - 2, replace=False)
         examples = [0, *inner.tolist(), count - 1]
     for example in examples:
         for how in ("scale", "shift", "swap"):
-            yield example, [
-                v if s is None else _with_example(np.array(v), s, (example, count), how, rng)
-                for v, s in zip(base, specs, strict=True)
-            ]
+            yield (
+                example,
+                [
+                    v if s is None else _with_example(np.array(v), s, (example, count), how, rng)
+                    for v, s in zip(base, specs, strict=True)
+                ],
+            )
 
 
 def _with_example(

@@ -1,123 +1,25 @@
 """Where the examples of a batch lie after one primitive, given where they lie before it.
 
-An array is read in row-major order. Its examples lie at a *stride* s when the flat index is
-`outer * (B * s) + b * s + inner`, b being the number of the example: one integer, which a reshape keeps, also when it
-merges the batch with time. A rule maps the strides of the operands to those of the results. It may say that examples
-are coupled only where they are, and must raise `Unfollowable` where it does not know: the operation is probed then.
+A rule maps the strides of the operands to those of the results (see `batch_layout`). It says that
+examples are coupled where no stride describes the result, and must raise `Unfollowable` where it
+does not know: the operation is probed then.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from math import prod
-from typing import Any
 
-from jaxgrad.graph.ir import Op
-
-Shape = tuple[int, ...]
-
-
-class Unfollowable(Exception):
-    """No rule can tell where the examples go."""
-
-
-@dataclass(frozen=True, eq=False)
-class Coupled:
-    """A value in which the examples are mixed.
-
-    Attributes:
-        why: what the operation did to the batch.
-        ops: the operation that did it, then the calls around it.
-        smooth: whether a gradient passes through the value.
-    """
-
-    why: str
-    ops: tuple[Op, ...] = ()
-    smooth: bool = True
-
-
-Spec = int | None | Coupled  # a stride; None where a value does not depend on the batch; or coupled
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One application of a primitive: its parameters, shapes, and the strides of its operands."""
-
-    params: Mapping[str, Any]
-    count: int
-    specs: Sequence[Spec]
-    shapes: Sequence[Shape]
-    outs: Sequence[Shape]
-
+from jaxgrad.graph.batch_layout import (
+    Call,
+    Coupled,
+    Spec,
+    Unfollowable,
+    join,
+    locate,
+    moved,
+    strides,
+)
 
 Rule = Callable[[Call], list[Spec]]
-
-
-def strides(shape: Shape) -> list[int]:
-    """Row-major strides, in elements."""
-    return [prod(shape[i + 1 :]) for i in range(len(shape))]
-
-
-def candidates(shape: Shape, count: int) -> list[int]:
-    """Every stride at which `count` examples fit into an array; axes of that very size come first."""
-    size = prod(shape)
-    whole = [s for d, s in zip(shape, strides(shape), strict=True) if d == count]
-    if size == 0 or size % count:
-        return []
-    rest = [s for s in range(1, size // count + 1) if size // count % s == 0]
-    return list(dict.fromkeys([*whole, *rest]))
-
-
-def locate(shape: Shape, stride: int, count: int) -> tuple[int, int]:
-    """The axis that holds the examples, and the number of elements of that axis between two of them.
-
-    Raises:
-        Unfollowable: if the batch is spread over several axes.
-    """
-    for axis, (dim, step) in enumerate(zip(shape, strides(shape), strict=True)):
-        if step <= stride and stride * count <= step * dim:
-            inner, rest = divmod(stride, step)
-            if rest == 0 and dim % (count * inner) == 0:
-                return axis, inner
-    raise Unfollowable
-
-
-def join(specs: Iterable[Spec]) -> Spec:
-    """The stride of what is computed position by position from several values."""
-    found: Spec = None
-    for spec in specs:
-        if isinstance(spec, Coupled):
-            return spec
-        if found is not None and spec is not None and spec != found:
-            return Coupled("it combines every example with every other")
-        found = spec if found is None else found
-    return found
-
-
-def moved(
-    call: Call, i: int, axes: Mapping[int, int], why: str = "", partial: bool = False, out: int = 0
-) -> Spec:
-    """The stride of a result on account of operand `i`, whose axis `a` becomes the result's axis `axes[a]`.
-
-    Args:
-        call: the application.
-        i: which operand.
-        axes: operand axis -> result axis; the operation acts along the axes that are absent.
-        why: how the operation couples examples where it acts along their axis; empty if that is not certain.
-        partial: whether it acts on parts of an axis, so that only an axis of nothing but examples tells.
-        out: which result.
-    """
-    spec = call.specs[i]
-    if not isinstance(spec, int):
-        return spec
-    axis, inner = locate(call.shapes[i], spec, call.count)
-    if axis not in axes:
-        if why and not (partial and call.shapes[i][axis] != call.count):
-            return Coupled(why)
-        raise Unfollowable
-    target = axes[axis]
-    if call.outs[out][target] != call.shapes[i][axis]:
-        raise Unfollowable
-    return strides(call.outs[out])[target] * inner
 
 
 def elementwise(call: Call) -> list[Spec]:
@@ -155,7 +57,9 @@ def _reduced(call: Call) -> list[Spec]:
     kept = [a for a in range(len(call.shapes[0])) if a not in acted]
     axes = {a: k for k, a in enumerate(kept)}
     operands = range(len(call.outs))  # initial values follow them
-    return [join(moved(call, i, axes, "it reduces over the batch") for i in operands)] * len(call.outs)
+    return [join(moved(call, i, axes, "it reduces over the batch") for i in operands)] * len(
+        call.outs
+    )
 
 
 def _not_full(call: Call) -> list[int]:
@@ -175,6 +79,57 @@ def _windowed(call: Call) -> list[int]:
         all(part[a] == 1 for part in parts) and not any(p["padding"][a]) for a in range(ndim)
     ]
     return [a for a in range(ndim) if not trivial[a]]
+
+
+def _pieces(cut: Callable[[Call, int, int], list[int]], why: str) -> Rule:
+    """Axes cut, or joined, between whole copies of the batch: every piece keeps the stride.
+
+    `cut(call, axis, out)` lists the places along an axis where the pieces begin and end.
+    """
+
+    def rule(call: Call) -> list[Spec]:
+        found = []
+        for out, shape in enumerate(call.outs):
+            specs: list[Spec] = []
+            for i, spec in enumerate(call.specs):
+                if isinstance(spec, int):
+                    axis, inner = locate(call.shapes[i], spec, call.count)
+                    places = cut(call, axis, out)
+                    if not any(place % (call.count * inner) for place in places):
+                        step = strides(shape)[axis]
+                        specs.append(step * inner)
+                    elif call.shapes[i][axis] == call.count:
+                        specs.append(Coupled(why))
+                    else:
+                        raise Unfollowable
+            found.append(join(specs))
+        return found
+
+    return rule
+
+
+def _slice_places(call: Call, axis: int, _: int) -> list[int]:
+    p = call.params
+    whole = (p["strides"] or (1,) * (axis + 1))[axis] == 1
+    return [p["start_indices"][axis], p["limit_indices"][axis]] if whole else [1]
+
+
+def _split_places(call: Call, axis: int, out: int) -> list[int]:
+    sizes = [int(n) for n in call.params["sizes"]]
+    return [sum(sizes[:out]), sizes[out]] if axis == call.params["axis"] else []
+
+
+def _concatenate_places(call: Call, axis: int, _: int) -> list[int]:
+    return [shape[axis] for shape in call.shapes] if axis == call.params["dimension"] else []
+
+
+def _triangular_solve(call: Call) -> list[Spec]:
+    """Solutions for several right-hand sides are independent of each other."""
+    ndim = len(call.shapes[1])
+    why = "it takes the batch for the axis of a matrix"
+    side = ndim - 2 if call.params["left_side"] else ndim - 1
+    matrix = moved(call, 0, {a: a for a in range(ndim - 2)}, why)
+    return [join([matrix, moved(call, 1, {a: a for a in range(ndim) if a != side}, why)])]
 
 
 def _matrix_axes(call: Call) -> range:
@@ -258,7 +213,9 @@ def _gather(call: Call) -> list[Spec]:
     axes = {a: int(p) for a, p in zip(window, d.offset_dims, strict=True) if sizes[a] == operand[a]}
     paired = zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True)
     axes |= {int(a): loops[c] for a, c in paired}
-    return [join([moved(call, 0, axes), moved(call, 1, dict(enumerate(loops[: len(indices) - 1])))])]
+    return [
+        join([moved(call, 0, axes), moved(call, 1, dict(enumerate(loops[: len(indices) - 1])))])
+    ]
 
 
 def _scatter(call: Call) -> list[Spec]:
@@ -278,39 +235,47 @@ def _dynamic_update_slice(call: Call) -> list[Spec]:
     return [join([call.specs[0], moved(call, 1, same)])]
 
 
-def step(spec: Spec, shape: Shape, count: int) -> Spec:
-    """The stride of `x[k]`, given that of `x`.
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
 
-    Raises:
-        Unfollowable: if the examples lie along the first axis.
+
+_ELEMENTWISE = _words(
     """
-    if isinstance(spec, int) and spec * count > prod(shape[1:]):
-        raise Unfollowable
-    return spec
-
-
-_ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
-    convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
-    igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul name ne neg
-    nextafter not or pcast polygamma population_count pow pvary random_fold_in random_gamma_grad random_seed real
-    reduce_precision regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32 xor zeta
-""".split()
-_WINDOWS = "reduce_window reduce_window_sum reduce_window_max reduce_window_min select_and_gather_add"
-_MATRICES = """
-    cholesky eig eigh geqrf geqp3 hessenberg householder_product lu qr schur svd symmetric_product triangular_solve
-    tridiagonal tridiagonal_solve
-""".split()
-_SCATTERS = ("", "-add", "-sub", "-mul", "-min", "-max", "-apply")
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
+    clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf
+    erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow
+    is_finite le le_to lgamma log log1p logistic lt lt_to max min mul name ne neg nextafter not
+    or pcast polygamma population_count pow pvary random_fold_in random_gamma_grad random_seed
+    real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
+    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
+    square stop_gradient sub tan tanh threefry2x32 xor zeta
+    """
+)
+_WINDOWS = (
+    *(f"reduce_window{kind}" for kind in ("", "_sum", "_max", "_min")),
+    "select_and_gather_add",
+)
+_MATRICES = _words(
+    """
+    cholesky eig eigh geqrf geqp3 hessenberg householder_product lu qr schur svd
+    symmetric_product tridiagonal tridiagonal_solve
+    """
+)
+_SCATTERS = (
+    "scatter",
+    *(
+        f"scatter{mark}{kind}"
+        for mark in "-_"
+        for kind in ["add", "sub", "mul", "min", "max", "apply"]
+    ),
+)
+_KEYS = ("random_wrap", "random_unwrap", "random_bits", "random_split")
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(("optimization_barrier", "device_put"), _each),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshape),
-    **dict.fromkeys(
-        ("bitcast_convert_type", "random_wrap", "random_unwrap", "random_bits", "random_split"), _trailing
-    ),
+    **dict.fromkeys(("bitcast_convert_type", *_KEYS), _trailing),
     "broadcast_in_dim": _broadcast,
     "transpose": _transpose,
     **{f"reduce_{n}": _reduced for n in ("and", "or", "xor", "max", "min", "prod", "sum")},
@@ -321,23 +286,20 @@ RULES: dict[str, Rule] = {
     },
     "sort": _along(lambda c: [c.params["dimension"]], "it sorts the examples"),
     **dict.fromkeys(("top_k", "approx_top_k"), _along(_last_axis, "it selects among the examples")),
-    "split": _along(lambda c: [c.params["axis"]], "it takes the batch apart", partial=True),
-    "slice": _along(_not_full, "it takes some of the examples", partial=True),
+    "split": _pieces(_split_places, "it takes the batch apart"),
+    "slice": _pieces(_slice_places, "it takes some of the examples"),
+    "concatenate": _pieces(_concatenate_places, "it joins the batch with something else"),
     "dynamic_slice": _along(_not_full, "it takes some of the examples", partial=True),
     "rev": _along(lambda c: c.params["dimensions"], "it reverses the examples", partial=True),
     "pad": _along(_padded, "it pads the batch", partial=True),
-    "concatenate": _along(lambda c: [c.params["dimension"]], "it joins batches", partial=True),
-    **dict.fromkeys(_WINDOWS.split(), _along(_windowed, "its window covers several examples", partial=True)),
+    **dict.fromkeys(_WINDOWS, _along(_windowed, "its window covers several", partial=True)),
     "fft": _along(_fft_axes, "it transforms along the batch"),
     **dict.fromkeys(_MATRICES, _along(_matrix_axes, "it takes the batch for the axis of a matrix")),
+    "triangular_solve": _triangular_solve,
     "lu_pivots_to_permutation": _along(_last_axis, "it takes the batch for a permutation"),
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
     "gather": _gather,
-    **dict.fromkeys(
-        [prefix + kind for kind in _SCATTERS for prefix in ("scatter",)]
-        + [("scatter" + kind).replace("-", "_") for kind in _SCATTERS],
-        _scatter,
-    ),
+    **dict.fromkeys(_SCATTERS, _scatter),
     "dynamic_update_slice": _dynamic_update_slice,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Following a batch through a program: operation by operation, into loops, branches and derivative rules."""
+"""Following a batch through a program, into its loops, branches and derivative rules."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from jaxgrad.graph import compat
-from jaxgrad.graph.batch_rules import RULES, Call, Coupled, Shape, Spec, Unfollowable, join, step
+from jaxgrad.graph.batch_layout import Call, Coupled, Shape, Spec, Unfollowable, join, step
+from jaxgrad.graph.batch_rules import RULES
 from jaxgrad.graph.capture import block_of, capture
 from jaxgrad.graph.flatten import dependence
 from jaxgrad.graph.ir import Block, Lit, Op, Ref, Table, Value
@@ -20,16 +21,17 @@ _CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 class Walk:
     """What is known of the values of one program.
 
-    A value is *smooth* if a gradient with respect to the batch passes through it. Only coupling of smooth values
-    couples the examples' gradients, so an operand that is coupled but not smooth (a mask, a count, a statistic behind
-    `stop_gradient`) is held fixed, like a constant, in the rules for smooth results.
+    A value is *smooth* if a gradient with respect to the batch passes through it. Only coupling of
+    smooth values couples the examples' gradients, so an operand that is coupled but not smooth (a
+    mask, a count, a statistic behind `stop_gradient`) is held fixed, like a constant, in the rules
+    for smooth results.
 
     Attributes:
         count: number of examples.
         table: the types of the program's values.
         smooth: the smooth values.
         specs: where the examples lie in each value visited so far; absent for constants.
-        memo: what was found of an equation's derivative rule; equations are shared between calls of one function.
+        memo: what was found of functions with derivative rules; calls share their equations.
         strict: whether the results are needed although no gradient passes.
     """
 
@@ -52,7 +54,8 @@ class Walk:
 
     def shape(self, ref: Ref) -> Shape:
         """The shape of a value."""
-        return tuple(getattr(ref.aval if isinstance(ref, Lit) else self.table.avals[ref], "shape", ()))
+        aval = ref.aval if isinstance(ref, Lit) else self.table.avals[ref]
+        return tuple(int(d) for d in getattr(aval, "shape", ()))
 
     def visit(self, op: Op) -> None:
         """Find where the examples lie in the results of an operation.
@@ -111,10 +114,14 @@ class Walk:
         if any(smooth) and (found is None or any(isinstance(s, Coupled) for s in found)):
             fixed = Coupled("it depends on other examples, but not smoothly", smooth=False)
             retried = self._apply(op, only_smooth)
-            found = [s if v in self.smooth else fixed for v, s in zip(op.outputs, retried, strict=True)]
+            found = [
+                s if v in self.smooth else fixed for v, s in zip(op.outputs, retried, strict=True)
+            ]
         if coupled:
             hard = coupled[0][0]
-            found = [s if v in self.smooth else hard for v, s in zip(op.outputs, found, strict=True)]
+            found = [
+                s if v in self.smooth else hard for v, s in zip(op.outputs, found, strict=True)
+            ]
         return found
 
     def _apply(self, op: Op, specs: list[Spec]) -> list[Spec]:
@@ -137,8 +144,10 @@ class Walk:
             inner.visit(op)
         return [inner.spec(ref) for ref in block.outputs]
 
-    def apart(self, block: Block, table: Table, specs: Sequence[Spec], smooth: Sequence[bool]) -> list[Spec]:
-        """Walk a block in which the smooth values are still to be found, from those among its inputs."""
+    def apart(
+        self, block: Block, table: Table, specs: Sequence[Spec], smooth: Sequence[bool]
+    ) -> list[Spec]:
+        """Walk a block whose smooth values are still to be found, from those of its inputs."""
         start = [v for v, k in zip(block.inputs, smooth, strict=True) if k and table.is_float(v)]
         values = dependence(block.ops, table, start).smooth
         return replace(self, table=table, smooth=values).inside(block, specs)
@@ -149,7 +158,7 @@ def _call(walk: Walk, op: Op, specs: list[Spec]) -> list[Spec]:
 
 
 def _scan(walk: Walk, op: Op, specs: list[Spec]) -> list[Spec]:
-    """Loop until the strides of the carry stop changing; steps are along the first axis of the rest."""
+    """Loop until the strides of the carry stop changing."""
     first = op.num_consts + op.num_carry
     steps = []
     for spec, ref in zip(specs[first:], op.inputs[first:], strict=True):
@@ -248,7 +257,7 @@ def _custom(walk: Walk, op: Op, specs: list[Spec]) -> list[Spec]:
 
 
 def pullback(op: Op, smooth: Sequence[bool], outs: Sequence[bool]) -> Callable[..., Any]:
-    """The function `(inputs, cotangents of the results in outs) -> cotangents of the smooth inputs`."""
+    """The function `(inputs, cotangents of results in outs) -> cotangents of smooth inputs`."""
 
     def fun(*values: Any) -> Any:
         inputs, cotangents = values[: len(op.inputs)], values[len(op.inputs) :]
@@ -291,7 +300,7 @@ def _check_pullback(walk: Walk, op: Op, specs: list[Spec], found: list[Spec]) ->
 
 
 def _linear_solve(walk: Walk, op: Op, specs: list[Spec]) -> list[Spec]:
-    """x = A^-1 b: examples stay apart if they do in A, in its transpose, and in both solves."""
+    """Solve A x = b: examples stay apart if they do in A, in its transpose, and in both solves."""
     programs, lengths = op.eqn.params["jaxprs"], op.eqn.params["const_lengths"]
     total = sum(lengths)
     smooth = [walk.is_smooth(ref) for ref in op.inputs]

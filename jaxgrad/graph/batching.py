@@ -1,7 +1,8 @@
 """Are the examples of a batch independent, and where do they lie in every state of a chain?
 
-The batch axis is followed through the whole program by one rule a primitive (`batch_rules`), into loops, branches and
-derivative rules (`batch_walk`). That is a proof. Where an operation is unknown it is probed (`batch_probe`).
+The batch axis is followed through the whole program by one rule a primitive (`batch_rules`), into
+loops, branches and derivative rules (`batch_walk`). That is a proof. Where an operation is unknown
+it is probed (`batch_probe`).
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.graph import compat
+from jaxgrad.graph.batch_layout import Coupled, Shape, Unfollowable, candidates, strides
 from jaxgrad.graph.batch_probe import Prober
-from jaxgrad.graph.batch_rules import Coupled, Shape, Unfollowable, candidates, strides
 from jaxgrad.graph.batch_walk import Walk
 from jaxgrad.graph.cuts import Chained
 from jaxgrad.graph.flatten import Line
@@ -79,7 +80,7 @@ class Layout:
         return tuple(state)
 
 
-def layouts(
+def layouts(  # noqa: PLR0913, PLR0917 - what a trace consists of
     chained: Chained,
     line: Line,
     table: Table,
@@ -88,7 +89,7 @@ def layouts(
     batch_axis: int,
     labels: Labels,
 ) -> tuple[dict[tuple[Value, ...], Layout], str]:
-    """Verify that the examples of a batch are independent, and find them in every state of the chain.
+    """Verify that the examples of a batch are independent, and find them in every state.
 
     Args:
         chained: the chain, cut.
@@ -100,12 +101,13 @@ def layouts(
         labels: names of the layers, for errors.
 
     Returns:
-        The layout of each state, keyed by the state's values (`chained.start` and every segment's `after`), and
-        "proved", or "probed" if an operation had to be.
+        The layout of each state, keyed by its values (`chained.start` and every segment's
+        `after`), and "proved", or "probed" if an operation had to be.
 
     Raises:
-        ValueError: if a leaf has no such axis, if leaves disagree on the number of examples, or if examples are
-            coupled; it names the operation that couples them, its layer and its source line.
+        ValueError: if a leaf has no such axis, if leaves disagree on the number of examples, or
+            if examples are coupled; it names the operation that couples them, its layer and its
+            source line.
     """
     count = _count_examples(leaves, batch_axis)
     states = [chained.start, *(segment.after for segment in chained.segments)]
@@ -138,20 +140,21 @@ def _count_examples(leaves: list[Any], batch_axis: int) -> int:
     for leaf in leaves:
         if not -leaf.ndim <= batch_axis < leaf.ndim:
             raise ValueError(
-                f"batch_axis={batch_axis}: expected every array of the input to have this axis, got one of shape "
-                f"{leaf.shape}. Close over what is no batch, or pass it as another argument."
+                f"batch_axis={batch_axis}: expected every array of the input to have this axis, "
+                f"got one of shape {leaf.shape}. Close over what is no batch, or pass it as "
+                "another argument."
             )
         counts.add(leaf.shape[batch_axis])
     if len(counts) != 1 or 0 in counts:
         raise ValueError(
-            f"batch_axis={batch_axis}: expected one number of examples, at least 1, got {sorted(counts)} in arrays of "
-            f"shape {[leaf.shape for leaf in leaves]}"
+            f"batch_axis={batch_axis}: expected one number of examples, at least 1, "
+            f"got {sorted(counts)} in arrays of shape {[leaf.shape for leaf in leaves]}"
         )
     return counts.pop()
 
 
 def _needed(chained: Chained) -> set[Value]:
-    """The values before the first state that it is made from: there, too, the examples must be found."""
+    """What the first state is made from: there, too, the examples must be found."""
     needed = set(chained.start)
     for op in reversed(chained.prelude):
         if not needed.isdisjoint(op.outputs):
@@ -160,7 +163,7 @@ def _needed(chained: Chained) -> set[Value]:
 
 
 def _pin(walk: Walk, value: Value, op: Op) -> None:
-    """Give a state through which no gradient passes a layout, so that what follows is judged by it."""
+    """Give a state through which no gradient passes a layout; what follows is judged by it."""
     spec, shape = walk.spec(value), walk.shape(value)
     blocked = isinstance(spec, Coupled) and not spec.smooth and not walk.strict
     if (spec is None or blocked) and prod(shape):
@@ -172,10 +175,8 @@ def _pin(walk: Walk, value: Value, op: Op) -> None:
 def _layout(state: tuple[Value, ...], table: Table, count: int, specs: dict[Value, Any]) -> Layout:
     avals = [table.avals[v] for v in state]
     places = [specs.get(v) for v in state]
-    found = [
-        prod(a.shape) // count if s is None else s for a, s in zip(avals, places, strict=True)
-    ]
-    shapes = tuple(tuple(a.shape) for a in avals)
+    found = [prod(a.shape) // count if s is None else s for a, s in zip(avals, places, strict=True)]
+    shapes = tuple(tuple(int(d) for d in a.shape) for a in avals)
     return Layout(shapes, tuple(found), tuple(np.dtype(a.dtype) for a in avals), count)
 
 
@@ -185,7 +186,8 @@ def _explain(spec: Coupled, batch_axis: int, labels: Labels) -> str:
     line = next(filter(None, lines), "")
     layer = f" in layer {'/'.join(path)}" if path else ""
     return (
-        f"batch_axis={batch_axis}: the examples of the batch are coupled by `{spec.ops[0].name}`{layer}"
-        f"{f' ({line})' if line else ''}: {spec.why}. Factorize one example (batch_axis=None), or use running "
-        "statistics / inference mode, so that every example's output depends on that example alone."
+        f"batch_axis={batch_axis}: the examples of the batch are coupled by "
+        f"`{spec.ops[0].name}`{layer}{f' ({line})' if line else ''}: {spec.why}. Factorize one "
+        "example (batch_axis=None), or use running statistics / inference mode, so that every "
+        "example's output depends on that example alone."
     )
