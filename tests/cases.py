@@ -22,6 +22,9 @@ import zoo_linen
 import zoo_linen_sequence
 import zoo_nnx
 from zoo_base import FLAGS, Case
+from zoo_errors import ERROR_CASES, ErrorCase
+
+__all__ = ["BY_NAME", "CASES", "ERROR_CASES", "FLAGS", "Case", "ErrorCase", "select"]
 
 CASES: tuple[Case, ...] = (
     *zoo_jax.CASES,
