@@ -1,7 +1,7 @@
 """Calls that must fail, and what the message must say: what came, where, and what to do.
 
-`ErrorCase.trigger` makes the call on the library that it is given; the message is matched, each pattern on its own, without
-regard to case, so that wording stays free and content does not.
+`ErrorCase.trigger` makes the call on the library that it is given; the message is matched, each
+pattern on its own, without regard to case, so that wording stays free and content does not.
 """
 
 import dataclasses
