@@ -141,9 +141,9 @@ def _show(console: rich.console.Console, record: RunRecord, path: Path) -> None:
         console.print(rich_table(table, title, elsewhere=str(path)))
     else:
         print(plain_table(table, title, elsewhere=str(path)))
-    print(f"at initialization: {reading(record.initial)}")
+    print(f"at initialization: {reading(record.initial, record.initial_loss)}")
     if record.final is not None:
-        print(f"after training:    {reading(record.final)}")
+        print(f"after training:    {reading(record.final, record.final_loss)}")
     facts = ("loss", "test accuracy", "test loss", "training", "time")
     print("; ".join(f"{label}: {record.facts[label]}" for label in facts if label in record.facts))
     print(f"report: {path}\n", flush=True)

@@ -102,6 +102,25 @@ def test_the_reading_says_in_words_what_the_numbers_are(gradients, words, alarmi
     assert record.is_alarming(flow) is alarming
 
 
+def test_a_loss_that_is_nan_is_said_first_though_every_layer_looks_healthy():
+    flow = make_flow([1e-3, 1e-3])
+    assert record.reading(flow, math.nan).startswith("The loss itself is NaN. The gradient keeps")
+    assert "inf" in record.reading(flow, math.inf)
+    assert record.is_alarming(flow, math.nan) and not record.is_alarming(flow, 1.0)
+    page = html.report_page(make_record(flow, initial_loss=math.nan, final_loss=1.0))
+    assert page.count("The loss itself is NaN") == 1
+    assert page.count('class="alarm"') == 1
+
+
+def test_a_flow_without_layers_makes_a_page_that_says_so():
+    text = html.report_page(make_record(make_flow([]), history=None))
+    assert "No layer was found to measure" in text
+    empty = record.History(np.arange(2), np.zeros((2, 0)), np.ones(2))
+    assert "While training" in html.report_page(make_record(make_flow([]), history=empty))
+    assert "No layer was found" in html.index_page([make_record(make_flow([]))])
+    assert terminal.plain_table((), "t").count("\n") == 3
+
+
 def test_a_gradient_below_the_smallest_float32_normal_is_still_a_gradient():
     flow = make_flow([1e-42, 1e-2])
     assert "powers of ten" in record.reading(flow)

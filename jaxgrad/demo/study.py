@@ -43,7 +43,7 @@ def study(task: Task, *, command: str, progress: Progress | None = None) -> RunR
     (first_loss, initial), _ = measure(values, batch)
     tell("measuring the layers", 0, task.steps)
     initial_gains, notes = layer_gains(task.loss, task.params, batch)
-    final = final_gains = history = None
+    final = final_gains = history = last_loss = None
     facts = {"parameters": f"{_count(task.params):,}", "loss": f"{float(first_loss):.3g}"}
     if task.steps:
         values, history = _train(task, values, measure, tell)
@@ -61,7 +61,8 @@ def study(task: Task, *, command: str, progress: Progress | None = None) -> RunR
         name=task.name, title=task.title, description=task.description, initial=_on_host(initial),
         final=None if final is None else _on_host(final), initial_gains=initial_gains,
         final_gains=final_gains, history=history, facts=facts,
-        notes=(*notes, *_flow_notes(initial)), command=command,
+        notes=(*notes, *_flow_notes(initial)), command=command, initial_loss=float(first_loss),
+        final_loss=None if last_loss is None else float(last_loss),
     )  # fmt: skip
 
 
@@ -93,8 +94,8 @@ def layer_gains(
 
     try:
         chain = factorize(from_leaf, leaves[place], params)
-    except ValueError as error:
-        return None, (f"no Jacobian gains: {error}",)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        return None, (f"no Jacobian gains: {str(error).splitlines()[0]}",)
     values = _probed_gains(chain, jnp.asarray(leaves[place]), probes)
     # the chain names a layer by its parameter's path from the argument, the flow from the tree
     names = tuple(name.removeprefix("params/") for name in chain.names)

@@ -73,13 +73,13 @@ def write_index(records: Sequence[RunRecord], folder: Path) -> Path:
 
 
 def _header(record: RunRecord) -> str:
-    sentences = [("At initialization", record.initial)]
+    sentences = [("At initialization", record.initial, record.initial_loss)]
     if record.final is not None:
-        sentences.append(("After training", record.final))
+        sentences.append(("After training", record.final, record.final_loss))
     verdicts = "".join(
-        f'<li class="{"alarm" if is_alarming(flow) else "calm"}"><b>{when}</b>'
-        f"<span>{_text(reading(flow))}</span></li>"
-        for when, flow in sentences
+        f'<li class="{"alarm" if is_alarming(flow, loss) else "calm"}"><b>{when}</b>'
+        f"<span>{_text(reading(flow, loss))}</span></li>"
+        for when, flow, loss in sentences
     )
     facts = "".join(
         f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>"
@@ -124,10 +124,12 @@ def _pictures(record: RunRecord) -> str:
     history = record.history
     if history is None:
         return text
-    heat = figures.heat_map(before.names, history.steps, history.gradient_rms)
-    loss = figures.loss_curve(history.losses)
+    training = _figure(figures.loss_curve(history.losses))
+    if before.names:
+        heat = figures.heat_map(before.names, history.steps, history.gradient_rms)
+        training = _figure(heat, "wide") + training
     return f"""{text}<section><h2>While training</h2>
-<div class="grid two">{_figure(heat, "wide")}{_figure(loss)}</div></section>"""
+<div class="grid two">{training}</div></section>"""
 
 
 def _layers(title: str, table: Sequence[Row]) -> str:
@@ -208,12 +210,16 @@ crosses on the upper one.</p>{notes}
 
 
 def _card(record: RunRecord, span: tuple[float, float]) -> str:
-    alarm = "alarm" if is_alarming(record.initial) else "calm"
+    alarm = "alarm" if is_alarming(record.initial, record.initial_loss) else "calm"
     facts = " · ".join(f"{_text(k)} {_text(v)}" for k, v in list(record.facts.items())[:3])
-    after = "" if record.final is None else f"After training: {_text(reading(record.final))}"
+    after = (
+        ""
+        if record.final is None
+        else f"After training: {_text(reading(record.final, record.final_loss))}"
+    )
     return f"""<a class="card {alarm}" href="{_text(record.name)}/report.html">
 <h2>{_text(record.title)}</h2>{_sparkline(record.initial, span)}
-<p>{_text(reading(record.initial))}</p><p class="small">{facts}</p>
+<p>{_text(reading(record.initial, record.initial_loss))}</p><p class="small">{facts}</p>
 <p class="small">{after}</p></a>"""
 
 

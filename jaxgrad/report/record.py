@@ -96,6 +96,7 @@ class RunRecord:
         description: one or two sentences for a reader who has not seen the model.
         initial: flow before the first step.
         final: flow after the last one, None without training.
+        initial_loss, final_loss: the loss of the two passes, None where it is not known.
         initial_gains, final_gains: of the chain's layers, None where there is no chain.
         history: the training run, None without training.
         facts: short facts by their labels, shown in order.
@@ -116,6 +117,8 @@ class RunRecord:
     notes: Sequence[str] = ()
     findings: Sequence[Any] = ()
     command: str = "./scripts/run"
+    initial_loss: float | None = None
+    final_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The record as nested dicts and arrays, for `jaxgrad.store.save_run`."""
@@ -133,6 +136,8 @@ class RunRecord:
             "notes": list(self.notes),
             "findings": [_finding_dict(finding) for finding in self.findings],
             "command": self.command,
+            "initial_loss": self.initial_loss,
+            "final_loss": self.final_loss,
         }
 
 
@@ -161,8 +166,14 @@ def rows(flow: FlowLike, gains: Gains | None = None) -> tuple[Row, ...]:
     )
 
 
-def reading(flow: FlowLike) -> str:
-    """One sentence: how the gradient fares on its way from the last site to the first."""
+def reading(flow: FlowLike, loss: float | None = None) -> str:
+    """In words: how the gradient fares on its way from the last site to the first.
+
+    A loss that is NaN or infinite is said first: its gradient may well look healthy, as that of a
+    logarithm of a negative number does.
+    """
+    if loss is not None and not math.isfinite(loss):
+        return f"The loss itself is {'NaN' if math.isnan(loss) else loss}. {reading(flow)}"
     ran = [row for row in rows(flow) if row.ran]
     if not ran:
         return "No layer was found to measure."
@@ -187,11 +198,15 @@ def reading(flow: FlowLike) -> str:
     )
 
 
-def is_alarming(flow: FlowLike) -> bool:
+def is_alarming(flow: FlowLike, loss: float | None = None) -> bool:
     """Whether the first layer gets a gradient a thousand times off the last one's, or none, or NaN.
+
+    A loss that is NaN or infinite is alarming whatever the layers get.
 
     A line for the eye, no diagnosis: `jaxgrad.diagnose` judges with the whole evidence.
     """
+    if loss is not None and not math.isfinite(loss):
+        return True
     ran = [row for row in rows(flow) if row.ran]
     gradient = np.asarray([row.gradient_rms for row in ran])
     if not ran or any(row.nonfinite for row in ran) or (gradient == 0).any():
