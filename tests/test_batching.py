@@ -49,6 +49,32 @@ def test_a_custom_jvp_that_mixes_tangents_is_coupled():
         read(f, of_shape(3, 4))
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_backward_pass_that_no_rule_follows_is_probed(apart):
+    def call(x):
+        function = (lambda v: v) if apart else (lambda v: v - v.mean(0))
+        return jax.pure_callback(function, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    f = vjp_pair(lambda x, g: call(g) * jnp.cos(x))
+    if apart:
+        assert read(lambda x: f(x) @ W, of_shape(3, 4))[2] == "probed"
+        return
+    with pytest.raises(ValueError, match=r"derivative rule mixes the examples \(probed\)"):
+        read(lambda x: f(x) @ W, of_shape(3, 4))
+
+
+def test_a_coupling_that_needs_several_iterations_to_reach_the_output_is_seen():
+    def f(x):
+        def step(carry, _):
+            h, memory = carry
+            return (h + memory + x, jnp.cumsum(jnp.sin(h), 0)), None
+
+        return lax.scan(step, (x, jnp.zeros_like(W[:3])), None, length=3)[0][0]
+
+    with pytest.raises(ValueError, match="coupled by `cumsum`"):
+        read(f, of_shape(3, 4))
+
+
 # ----------------------------------------------------------------------- where there is no rule
 
 

@@ -209,8 +209,7 @@ def _gather(call: Call) -> list[Spec]:
     gone = {*d.collapsed_slice_dims, *d.operand_batching_dims}
     window = [a for a in range(len(operand)) if a not in gone]
     loops = [p for p in range(len(call.outs[0])) if p not in set(d.offset_dims)]
-    sizes = call.params["slice_sizes"]
-    axes = {a: int(p) for a, p in zip(window, d.offset_dims, strict=True) if sizes[a] == operand[a]}
+    axes = {a: int(p) for a, p in zip(window, d.offset_dims, strict=True)}
     paired = zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True)
     axes |= {int(a): loops[c] for a, c in paired}
     return [

@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxgrad.graph import compat
 from jaxgrad.graph.batch_layout import Call, Coupled, Shape, Spec, Unfollowable, join, step
@@ -54,8 +55,8 @@ class Walk:
 
     def shape(self, ref: Ref) -> Shape:
         """The shape of a value."""
-        aval = ref.aval if isinstance(ref, Lit) else self.table.avals[ref]
-        return tuple(int(d) for d in getattr(aval, "shape", ()))
+        array = ref.value if isinstance(ref, Lit) else self.table.avals[ref]
+        return tuple(int(d) for d in getattr(array, "shape", ()))
 
     def visit(self, op: Op) -> None:
         """Find where the examples lie in the results of an operation.
@@ -88,8 +89,6 @@ class Walk:
             self.specs[value] = spec
 
     def _results(self, op: Op, specs: list[Spec]) -> list[Spec]:
-        if op.name == "stop_gradient":
-            return [replace(s, smooth=False) if isinstance(s, Coupled) else s for s in specs]
         if op.kind in _BLOCKS:
             return _BLOCKS[op.kind](self, op, specs)
         if op.name in _OPAQUE:
@@ -277,7 +276,10 @@ def pullback(op: Op, smooth: Sequence[bool], outs: Sequence[bool]) -> Callable[.
 def _check_pullback(walk: Walk, op: Op, specs: list[Spec], found: list[Spec]) -> list[Spec]:
     smooth = [walk.is_smooth(ref) for ref in op.inputs]
     outs = [v in walk.smooth for v in op.outputs]
-    avals = [ref.aval if isinstance(ref, Lit) else walk.table.avals[ref] for ref in op.inputs]
+    avals = [
+        np.asarray(ref.value) if isinstance(ref, Lit) else walk.table.avals[ref]
+        for ref in op.inputs
+    ]
     avals += [walk.table.avals[v] for v, k in zip(op.outputs, outs, strict=True) if k]
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
     try:
