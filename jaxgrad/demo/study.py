@@ -58,8 +58,8 @@ def study(task: Task, *, command: str, progress: Progress | None = None) -> RunR
     facts |= dict(task.facts)
     facts["time"] = f"{time.perf_counter() - start:.0f} s on {jax.devices()[0].device_kind}"
     return RunRecord(
-        name=task.name, title=task.title, description=task.description, initial=_on_host(initial),
-        final=None if final is None else _on_host(final), initial_gains=initial_gains,
+        name=task.name, title=task.title, description=task.description, initial=initial,
+        final=final, initial_gains=initial_gains,
         final_gains=final_gains, history=history, facts=facts,
         notes=(*notes, *_flow_notes(initial)), command=command, initial_loss=float(first_loss),
         final_loss=None if last_loss is None else float(last_loss),
@@ -212,7 +212,3 @@ def _listed(label: str, values: Any, most: int = 6) -> list[str]:
 
 def _count(params: PyTree) -> int:
     return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype"))
-
-
-def _on_host(flow: Flow) -> Flow:
-    return jax.tree.map(np.asarray, flow)
