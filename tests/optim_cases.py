@@ -94,6 +94,24 @@ def sample(shapes, seed, exponent=0, steps=STEPS, dtype=np.float32):
     return tree_of(shapes, draw), tree_of(shapes, gradients)
 
 
+def tie_free_sample(shapes, seed, dtype=np.float32):
+    """A sample in which Lion's two terms never cancel to within rounding, where signs are XLA's."""
+    while True:
+        params, grads = sample(shapes, seed, dtype=dtype)
+        if all(_cancels(np.float64(g)) > 1e-5 for g in jax.tree.leaves(grads)):
+            return params, grads
+        seed += 1
+
+
+def _cancels(grads, b1=0.9, b2=0.99):
+    m, least = np.zeros(grads.shape[1:]), 1.0
+    for g in grads:
+        old, new = b1 * m, (1 - b1) * g
+        least = min(least, np.min(np.abs(old + new) / (np.abs(old) + np.abs(new)), initial=1.0))
+        m = b2 * m + (1 - b2) * g
+    return least
+
+
 def train(tx, params, grads, extra=None):
     """All steps in one scan: every update, and the parameters after every step."""
 

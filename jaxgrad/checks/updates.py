@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -70,7 +69,7 @@ def assert_same_updates(
     *,
     steps: int = 50,
     key: Any = None,
-    rtol: float = 5e-5,
+    rtol: float | int = 5e-5,
 ) -> None:
     """Asserts that two transformations make the same updates, step by step.
 
@@ -119,5 +118,3 @@ def assert_same_updates(
             f"(allowed {rtol:.2g}); {int(far.sum())} of {far.size} values differ in this leaf"
         )
 
-
-Key = jnp.ndarray

@@ -19,6 +19,7 @@ from jaxgrad.optim.clipping import clip_by_global_norm as clip_by_global_norm
 from jaxgrad.optim.clipping import clip_by_value as clip_by_value
 from jaxgrad.optim.composition import add_decayed_weights as add_decayed_weights
 from jaxgrad.optim.composition import chain as chain
+from jaxgrad.optim.composition import compiler_options as compiler_options
 from jaxgrad.optim.composition import flat as flat
 from jaxgrad.optim.composition import inject_hyperparams as inject_hyperparams
 from jaxgrad.optim.composition import pack as pack

@@ -1,5 +1,6 @@
 """Judging an accumulation: does it do what one big batch would have done?"""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ class Accumulation(NamedTuple):
 
 
 def _closure(f: Any) -> dict[str, Any]:
-    f = getattr(f, "__func__", f)
+    f = inspect.unwrap(getattr(f, "__func__", f))  # runtime type checkers wrap functions
     cells = getattr(f, "__closure__", None) or ()
     names = getattr(getattr(f, "__code__", None), "co_freevars", ())
     known = {}

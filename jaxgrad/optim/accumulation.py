@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import PyTree
 
@@ -59,7 +60,7 @@ def _check_every(every: Any, weights: Any) -> Callable[[Any], Any]:
     number = concrete(every)
     if number is not None and (number < 1 or number != int(number)):
         raise ValueError(f"every: expected a whole number of micro-batches >= 1, got {every}")
-    size = jnp.shape(weights) if hasattr(weights, "__len__") and not isinstance(weights, str) else 0
+    size = np.shape(weights) if hasattr(weights, "__len__") and not isinstance(weights, str) else 0
     if size and (number is None or size != (int(number),)):
         raise ValueError(f"weights: expected {every} numbers, one a micro-batch, got shape {size}")
     return lambda _step: every
@@ -90,7 +91,8 @@ def accumulate(
             the name of an extra argument of ``update``: with ``weights="tokens"`` call
             ``update(grads, state, params, tokens=n)``.
         accumulator_dtype: dtype of the accumulator; double-precision leaves stay double.
-        numerics: ``"exact"``, or ``"optax"`` for the bits of ``optax.MultiSteps``.
+        numerics: ``"exact"``, or ``"optax"`` for the operations of ``optax.MultiSteps`` (inside a
+            cond XLA may contract products that it does not beside one: the last bit may differ).
 
     Returns:
         An optax transformation with state `AccumulateState`; extra arguments reach ``tx``.
@@ -108,9 +110,14 @@ def accumulate(
         return jnp.promote_types(own, accumulator_dtype) if exact else accumulator_dtype
 
     def init(params: PyTree) -> AccumulateState:
-        zero = jnp.zeros([], jnp.int32)
-        acc = zeros_like(params, dtype_of)
-        return AccumulateState(zero, zero, inner.init(params), acc, jnp.zeros([], jnp.float32))
+        # No array twice: a state that is donated must not hold a buffer twice.
+        return AccumulateState(
+            mini_step=jnp.zeros([], jnp.int32),
+            gradient_step=jnp.zeros([], jnp.int32),
+            inner_opt_state=inner.init(params),
+            acc_grads=zeros_like(params, dtype_of),
+            weight=jnp.zeros([], jnp.float32),
+        )
 
     def update(
         updates: PyTree, state: AccumulateState, params: PyTree = None, **extra: Any

@@ -104,8 +104,9 @@ def schedule_free_adamw(  # noqa: PLR0913, PLR0917 (optax's signature)
             params,
         )
         nu = zeros_like(params, second_moment_dtype(arith, nu_dtype))
-        zero, one = jnp.zeros([], dtype), jnp.ones([], jnp.int32)
-        return ScheduleFreeState(jnp.asarray(b1, dtype), zero, one, zero, nu, z)
+        weight_sum, max_lr = jnp.zeros([], dtype), jnp.zeros([], dtype)
+        one = jnp.ones([], jnp.int32)
+        return ScheduleFreeState(jnp.array(b1, dtype), weight_sum, one, max_lr, nu, z)
 
     def fast_step(grads: PyTree, state: ScheduleFreeState, params: PyTree) -> tuple[PyTree, PyTree]:
         """RMSprop with bias correction and decoupled decay, without momentum."""

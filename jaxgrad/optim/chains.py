@@ -301,7 +301,7 @@ def add_decayed_weights(
 
 def accumulate(
     tx: Any, every: Any, *, mean: bool = True, weights: Any = None, numerics: str = "optax"
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """Twin of `jaxgrad.optim.accumulate`; optax has no weights."""
     _optax_only(numerics)
     if weights is not None:

@@ -81,6 +81,20 @@ def add_decayed_weights(
     return rule(lambda _params: DecayState(zero_count()), update)
 
 
+def compiler_options() -> dict[str, bool]:
+    """Options for ``jax.jit(step, compiler_options=...)`` that halve the time of some CPU steps.
+
+    On CPU, XLA copies a moment that is read by one loop and overwritten by another, as in Lion and
+    in accumulators; its region analysis sees that this is not needed. Results keep their bits.
+
+    Returns:
+        The option on CPU, nothing elsewhere.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    return {"xla_cpu_copy_insertion_use_region_analysis": True}
+
+
 def inject_hyperparams(factory: Any, static_args: Any = ()) -> Any:
     """As ``optax.inject_hyperparams``, with hyperparameters in float32 whatever the parameters are.
 

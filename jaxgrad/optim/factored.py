@@ -154,8 +154,9 @@ def adafactor(  # noqa: PLR0913, PLR0917 (optax's signature)
             axes, dtype = axes_of(p), moment_dtype(p.dtype)
             if (axes is None) != (which == 2):
                 return jnp.zeros((1,), dtype)
-            shape = p.shape if axes is None else np.delete(p.shape, axes[1 - which])
-            return jnp.zeros(tuple(int(n) for n in shape), dtype)
+            if axes is None:
+                return jnp.zeros_like(p, dtype=dtype)  # keeps the leaf's sharding
+            return jnp.zeros(tuple(map(int, np.delete(p.shape, axes[1 - which]))), dtype)
 
         rows, cols, full = (jax.tree.map(lambda p, i=i: moment(p, i), params) for i in range(3))
         ema = None if momentum is None else zeros_like(params, dtype_momentum)

@@ -73,8 +73,8 @@ def apply_if_finite(
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> ApplyIfFiniteState:
-        zero = jnp.zeros([], jnp.int32)
-        return ApplyIfFiniteState(zero, jnp.array(True), zero, wrapped.init(params))
+        rejected, total = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return ApplyIfFiniteState(rejected, jnp.array(True), total, wrapped.init(params))
 
     def update(
         updates: PyTree, state: ApplyIfFiniteState, params: PyTree = None, **extra: Any
@@ -110,12 +110,12 @@ class LossScaleState(NamedTuple):
 
 def dynamic_loss_scale(
     inner: Any,
-    initial_scale: float = 2.0**15,
+    initial_scale: float | int = 2.0**15,
     period: int = 2000,
-    factor: float = 2.0,
+    factor: float | int = 2.0,
     *,
-    min_scale: float = 1.0,
-    max_scale: float = 2.0**24,
+    min_scale: float | int = 1.0,
+    max_scale: float | int = 2.0**24,
 ) -> optax.GradientTransformationExtraArgs:
     """Divides gradients of a scaled loss by the scale, in float32, and adapts the scale.
 
@@ -149,9 +149,9 @@ def dynamic_loss_scale(
     wide = arithmetic("exact").widen
 
     def init(params: PyTree) -> LossScaleState:
-        zero = jnp.zeros([], jnp.int32)
+        good, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         scale = jnp.asarray(initial_scale, jnp.float32)
-        return LossScaleState(scale, zero, zero, wrapped.init(params))
+        return LossScaleState(scale, good, skipped, wrapped.init(params))
 
     def update(
         updates: PyTree, state: LossScaleState, params: PyTree = None, **extra: Any

@@ -8,6 +8,7 @@ whatever it cannot read it leaves out.
 
 import dis
 import functools
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -113,6 +114,7 @@ def read_steps(tx: Any) -> tuple[Step, ...]:
             return ()
         if isinstance(thing, types.FunctionType | types.MethodType | functools.partial):
             seen.add(id(thing))
+            thing = inspect.unwrap(thing)  # runtime type checkers wrap functions
         own = _own_step(thing)
         if own is not None:
             return (own,)
