@@ -28,7 +28,8 @@ def count_layers(f: Callable[..., Any], *args: Any, argnum: int = 0) -> int:
     def separates(v: int) -> bool:
         return not _reach(flow.edges, sources - {v}, without=v) & (outputs - {v})
 
-    cuts = sum(separates(v) for v in live)
+    # a complex variable carries the flow, but what is between two cuts is a real function
+    cuts = sum(separates(v) for v in live - flow.complex)
     # several outputs are together the last cut, several leaves of x together the first
     return cuts - 1 + (len(outputs) > 1) + (len(sources) > 1 and not flow.from_integers)
 
@@ -40,6 +41,7 @@ class _Dataflow:
         self.number = itertools.count()
         self.edges: dict[int, set[int]] = {}
         self.floats: set[int] = set()
+        self.complex: set[int] = set()
         self.integers: set[int] = set()
 
         def call(*args: Any) -> Any:  # some modules can be called, and cannot be hashed
@@ -75,6 +77,8 @@ class _Dataflow:
             env[out] = site = next(self.number)
             if before and _is_float(out) and eqn.primitive.name != "stop_gradient":
                 self.floats.add(site)
+                if jnp.issubdtype(out.aval.dtype, jnp.complexfloating):
+                    self.complex.add(site)
                 for i in before:
                     self.edges.setdefault(i, set()).add(site)
             elif inputs <= self.integers:

@@ -200,6 +200,8 @@ def test_cuts_are_counted_as_by_eye():
     assert count_layers(lambda x: jnp.sin(x) * jnp.argmax(x).astype(x.dtype), x) == 2
     # integers at the input: the first float cut is h_0
     assert count_layers(lambda i: jnp.sin(jnp.cos(x[i])), jnp.array([0, 1])) == 2
+    # complex numbers lie within a layer
+    assert count_layers(lambda x: jnp.fft.irfft(1j * jnp.fft.rfft(jnp.sin(x)), n=3), x) == 2
     # two outputs are one last state
     assert count_layers(lambda x: (jnp.cos(h := jnp.sin(x)), jnp.tan(h)), x) == 2
     assert count_layers(lambda x: (jnp.cos(jnp.sin(x)), jnp.tan(jnp.sin(x))), x) == 1
