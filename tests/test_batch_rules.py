@@ -104,6 +104,15 @@ INDEPENDENT = {
     "cond on all examples": lambda x: lax.cond(x.sum() > 0, lambda v: 2 * v, lambda v: v @ W, x),
     "switched per example": jax.vmap(lambda v: lax.cond(v.sum() > 0, jnp.sin, jnp.cos, v)),
     "mean behind stop_gradient": lambda x: x - lax.stop_gradient(x.mean(0)),
+    "mean behind stop_gradient in a branch": lambda x: (
+        x
+        - lax.cond(
+            W[0, 0] > 9,
+            lambda v: 2 * lax.stop_gradient(v.mean(0)),
+            lambda v: lax.stop_gradient(v.max(0)),
+            x,
+        )
+    ),
     "weights by rank in the batch": lambda x: x * jnp.argsort(x.sum((1, 2)))[:, None, None],
     "stop_gradient of the others": lambda x: jnp.einsum("btd,cse->btd", x, lax.stop_gradient(x)),
 }
