@@ -4,6 +4,7 @@
 them as given. In all three `f = f_L . ... . f_1`, so that `df/dx = J_L ... J_1` exactly.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxgrad.graph import factorization
+from jaxgrad.graph import factorization, given
 from jaxgrad.graph.factorization import Graph, Link
 from jaxgrad.graph.program import Program
 
@@ -64,11 +65,7 @@ class Chain:
             ValueError: if two layers share a name.
         """
         names = [name for name, _ in layers]
-        repeated = (
-            sorted({name for name in names if names.count(name) > 1})
-            if len(set(names)) < len(names)
-            else []
-        )
+        repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
             raise ValueError(
                 f"Chain.from_layers: layer names must be distinct, got {repeated} twice"
@@ -91,20 +88,20 @@ class Chain:
             ValueError: if the leading axes differ or there is none.
         """
         leaves = jax.tree.leaves(stacked_params)
-        lengths = {leaf.shape[0] if jnp.ndim(leaf) else None for leaf in leaves}
-        if len(lengths) != 1 or None in lengths:
+        lengths = {jnp.shape(leaf)[:1] for leaf in leaves}
+        if len(lengths) != 1 or () in lengths:
             raise ValueError(
-                "Chain.scanned: expected stacked_params to be arrays with one leading axis of one length, "
-                f"got shapes {[jnp.shape(leaf) for leaf in leaves]}"
+                "Chain.scanned: expected stacked_params to be arrays with one leading axis of one "
+                f"length, got shapes {[jnp.shape(leaf) for leaf in leaves]}"
             )
 
         def layer(k: int) -> Callable[[PyTree], PyTree]:
             return lambda h: block(jax.tree.map(lambda a: a[k], stacked_params), h)
 
-        layers = tuple(Layer(f"{name}[{k}]", layer(k)) for k in range(lengths.pop()))
+        layers = tuple(Layer(f"{name}[{k}]", layer(k)) for k in range(*lengths.pop()))
         return Chain(
             layers,
-            _resolve=lambda x: factorization.resolve_scanned(block, stacked_params, layers, x),
+            _resolve=lambda x: given.resolve_scanned(block, stacked_params, layers, x),
         )
 
     @property
@@ -122,14 +119,14 @@ class Chain:
         """The chain's programs with the values that they take at `x`."""
         if self._resolve is not None:
             return self._resolve(x)
-        return factorization.resolve_given(self.layers, x, self._cache)
+        return given.resolve_given(self.layers, x, self._cache)
 
     def __call__(self, x: PyTree) -> PyTree:
         """The function's value at `x`; side values (integers, masks) are computed anew."""
         return self.states(x)[-1]
 
     def states(self, x: PyTree) -> tuple[PyTree, ...]:
-        """The states `(h_0, ..., h_L)`: `h_0` is `x` (or the first float made from it), `h_L` the output."""
+        """The states `(h_0, ..., h_L)`; `h_0` is `x` or, for integers, the first float cut."""
         run = self.run(x)
         return tuple(run.tree_of(k, state) for k, state in enumerate(run.states))
 
@@ -146,7 +143,7 @@ def factorize(
     batch_axis: int | None = None,
     layers: str | int = "scopes",
 ) -> Chain:
-    """Factor a function into its exact chain of layers, wherever its dataflow narrows to one tensor.
+    """Factor a function into its exact chain of layers: cut where its dataflow narrows.
 
     Args:
         f: any JAX function of arrays: plain, flax linen or NNX, equinox, haiku, with `jit`, `scan`,

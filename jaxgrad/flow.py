@@ -12,14 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxgrad import statistics, taps
 from jaxgrad.graph import arguments, capture, names, reading, rewrite, sites
+from jaxgrad.graph.ir import is_real_dtype
 
 _FLOW_ARRAYS = (
-    "activation_rms", "activation_mean", "activation_max", "activation_zero_share", "activation_nonfinite",
-    "gradient_rms", "gradient_max", "gradient_nonfinite", "gradient_below_float16", "gradient_below_bfloat16",
+    "activation_rms", "activation_mean", "activation_max", "activation_zero_share",
+    "activation_nonfinite", "gradient_rms", "gradient_max", "gradient_nonfinite",
+    "gradient_below_float16", "gradient_below_bfloat16",
     "gradient_reached", "weight_rms", "weight_gradient_rms", "weight_gradient_nonfinite",
 )  # fmt: skip
 _FLOW_FACTS = ("names", "parameter_names", "site_parameters", "opaque", "uncovered")
@@ -57,20 +59,21 @@ class Flow:
         uncovered: parameter leaves whose layer has no row.
     """
 
-    activation_rms: Float[Array, "*b rows"]
-    activation_mean: Float[Array, "*b rows"]
-    activation_max: Float[Array, "*b rows"]
-    activation_zero_share: Float[Array, "*b rows"]
-    activation_nonfinite: Float[Array, "*b rows"]
-    gradient_rms: Float[Array, "*b rows"]
-    gradient_max: Float[Array, "*b rows"]
-    gradient_nonfinite: Float[Array, "*b rows"]
-    gradient_below_float16: Float[Array, "*b rows"]
-    gradient_below_bfloat16: Float[Array, "*b rows"]
-    gradient_reached: Float[Array, "*b rows"]
-    weight_rms: Float[Array, "*b leaves"]
-    weight_gradient_rms: Float[Array, "*b leaves"]
-    weight_gradient_nonfinite: Float[Array, "*b leaves"]
+    # Arrays, but also whatever jax.tree.map puts in their place: not checked at run time.
+    activation_rms: Any
+    activation_mean: Any
+    activation_max: Any
+    activation_zero_share: Any
+    activation_nonfinite: Any
+    gradient_rms: Any
+    gradient_max: Any
+    gradient_nonfinite: Any
+    gradient_below_float16: Any
+    gradient_below_bfloat16: Any
+    gradient_reached: Any
+    weight_rms: Any
+    weight_gradient_rms: Any
+    weight_gradient_nonfinite: Any
     names: tuple[str, ...] = field(metadata={"static": True})
     parameter_names: tuple[str, ...] = field(metadata={"static": True})
     site_parameters: tuple[tuple[str, ...], ...] = field(metadata={"static": True})
@@ -78,7 +81,7 @@ class Flow:
     uncovered: tuple[str, ...] = field(metadata={"static": True})
 
     @property
-    def nonfinite(self) -> Float[Array, "*b"]:
+    def nonfinite(self) -> Array:
         """Number of NaN and infinite elements in all rows, activations and gradients together."""
         return jnp.sum(self.activation_nonfinite, -1) + jnp.sum(self.gradient_nonfinite, -1)
 
@@ -95,8 +98,8 @@ class Flow:
         """
         if self.activation_rms.ndim != 1:
             raise ValueError(
-                f"to_rows() expects one flow with arrays of shape (rows,), got {self.activation_rms.shape}; "
-                "select one with jax.tree.map(lambda a: a[i], flow)"
+                "to_rows() expects one flow with arrays of shape (rows,), got "
+                f"{self.activation_rms.shape}; select one with jax.tree.map(lambda a: a[i], flow)"
             )
         table = {f: np.asarray(getattr(self, f)).tolist() for f in _FLOW_ARRAYS}
         leaf = {name: i for i, name in enumerate(self.parameter_names)}
@@ -114,7 +117,7 @@ class Flow:
         return rows
 
 
-jax.tree_util.register_dataclass(Flow, data_fields=_FLOW_ARRAYS, meta_fields=_FLOW_FACTS)
+_ = jax.tree_util.register_dataclass(Flow, data_fields=_FLOW_ARRAYS, meta_fields=_FLOW_FACTS)
 
 
 def value_and_grad_flow(
@@ -215,25 +218,31 @@ class _Program:
         forward = _rows(records, len(self.sites), 1 + len(statistics.ACTIVATION), index)
         backward = _rows(slot_grads, len(self.sites), 1 + len(statistics.GRADIENT), index)
         ran = forward[:, 0] > 0
-        rms, mean, largest, zero, nonfinite = forward[:, 1:].T
-        g_rms, g_largest, g_nonfinite, below16, below_b16 = backward[:, 1:].T
-        measured = [
-            jnp.where(ran, a, jnp.nan) for a in (rms, mean, largest, zero, g_rms, g_largest)
-        ]
-        leaf_names = [self.split.names[p] for p in self.split.wanted]
+        measured = jnp.where(ran[:, None], forward, jnp.nan)
+        passed = jnp.where(ran[:, None], backward, jnp.nan)
         weights = [self.split.leaves[p] for p in self.split.wanted]
-        row_parameters = _row_parameters(self.sites, index)
+        nonfinite = [statistics.nonfinite_count(g).astype(jnp.float32) for g in grads]
         return Flow(
-            *measured[:4], nonfinite, *measured[4:], g_nonfinite, below16, below_b16, backward[:, 0],
-            _stack([statistics.rms(w) for w in weights]),
-            _stack([statistics.rms(g) for g in grads]),
-            _stack([statistics.nonfinite_count(g).astype(jnp.float32) for g in grads]),
+            activation_rms=measured[:, 1],
+            activation_mean=measured[:, 2],
+            activation_max=measured[:, 3],
+            activation_zero_share=measured[:, 4],
+            activation_nonfinite=forward[:, 5],
+            gradient_rms=passed[:, 1],
+            gradient_max=passed[:, 2],
+            gradient_nonfinite=backward[:, 3],
+            gradient_below_float16=backward[:, 4],
+            gradient_below_bfloat16=backward[:, 5],
+            gradient_reached=backward[:, 0],
+            weight_rms=_stack([statistics.rms(w) for w in weights]),
+            weight_gradient_rms=_stack([statistics.rms(g) for g in grads]),
+            weight_gradient_nonfinite=_stack(nonfinite),
             names=tuple(row_names),
-            parameter_names=tuple(leaf_names),
-            site_parameters=row_parameters,
+            parameter_names=tuple(self.split.names[p] for p in self.split.wanted),
+            site_parameters=_row_parameters(self.sites, index),
             opaque=reading.opaque_regions(self.capture.block, self.capture.table, self.labels),
             uncovered=reading.uncovered(self.parameters, self.labels, self.sites),
-        )  # fmt: skip
+        )
 
 
 def _measure(x: Array, slot: Array) -> tuple[Array, Array]:
@@ -274,10 +283,9 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
                 f"got {type(result).__name__}"
             )
         value, aux = result
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is None and isinstance(value, float):
-        shape, dtype = (), jnp.result_type(float)
-    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+    shape = () if isinstance(value, float) else getattr(value, "shape", None)
+    dtype = jnp.result_type(value) if shape is not None else None
+    if shape != () or not is_real_dtype(dtype):
         got = f"{dtype}{list(shape)}" if shape is not None else type(value).__name__
         hint = " (pass has_aux=True if it returns (loss, aux))" if isinstance(value, tuple) else ""
         raise TypeError(

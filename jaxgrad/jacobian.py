@@ -207,8 +207,9 @@ def _direction(link: Link, n_in: int, n_out: int) -> bool:
     no_forward = any(name.startswith("custom_vjp") for name in found)
     if no_reverse and no_forward:
         raise ValueError(
-            f"layer {link.name!r} holds a while_loop, which has no reverse-mode derivative, and a custom_vjp, which "
-            "has no forward-mode one: its Jacobian cannot be computed. Use lax.scan for the loop, or custom_jvp."
+            f"layer {link.name!r} holds a while_loop, which has no reverse-mode derivative, and a "
+            "custom_vjp, which has no forward-mode one: its Jacobian cannot be computed. "
+            "Use lax.scan for the loop, or custom_jvp."
         )
     if no_reverse or no_forward:
         return no_reverse
@@ -220,9 +221,10 @@ def _may_be_structured(found: set[str]) -> bool:
 
 
 _CHEAP = {
-    "dot_general", "add", "sub", "mul", "div", "neg", "tanh", "logistic", "exp", "max", "min", "erf", "select_n",
-    "convert_element_type", "custom_jvp_call", "integer_pow", "square", "broadcast_in_dim", "jit", "pjit", "log1p",
-    "expm1", "sin", "cos", "copy", "gt", "lt", "ge", "le", "eq", "ne", "reshape", "transpose", "index", "stop_gradient",
+    "dot_general", "add", "sub", "mul", "div", "neg", "tanh", "logistic", "exp", "max", "min",
+    "erf", "select_n", "convert_element_type", "custom_jvp_call", "integer_pow", "square",
+    "broadcast_in_dim", "jit", "pjit", "log1p", "expm1", "sin", "cos", "copy", "gt", "lt", "ge",
+    "le", "eq", "ne", "reshape", "transpose", "index", "stop_gradient",
 }  # fmt: skip
 
 
@@ -252,9 +254,10 @@ def _check_memory(run: Run, products: bool = False) -> None:
     if total > limit:
         size, name, n_out, n_in = largest
         raise ValueError(
-            f"the dense Jacobians need {total / 2**30:.1f} GiB and there are {limit / 2**30:.1f} GiB; the largest is "
-            f"layer {name!r}: {batch} x {n_out} x {n_in}, {size / 2**30:.1f} GiB. Take fewer examples, or ask without "
-            "the matrix: jax.linearize(chain[k], h) for products of one layer with vectors, "
+            f"the dense Jacobians need {total / 2**30:.1f} GiB and there are "
+            f"{limit / 2**30:.1f} GiB; the largest is layer {name!r}: {batch} x {n_out} x {n_in}, "
+            f"{size / 2**30:.1f} GiB. Take fewer examples, or ask without the matrix: "
+            "jax.linearize(chain[k], h) for products of one layer with vectors, "
             "value_and_grad_flow for the gradient's size by layer."
         )
 

@@ -5,6 +5,8 @@ magnitude, so that a root mean square survives from the smallest normal number t
 plain float32 sum of squares is 0 below 1e-19 and inf above 1e19).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
@@ -13,7 +15,7 @@ FLOAT16_TINY = float(jnp.finfo(jnp.float16).tiny)
 BFLOAT16_TINY = float(jnp.finfo(jnp.bfloat16).tiny)
 
 
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+def accumulation_dtype(dtype: Any) -> Any:
     """float64 for float64 and complex128, else float32."""
     wide = jnp.dtype(dtype) in (jnp.dtype("float64"), jnp.dtype("complex128"))
     return jnp.dtype("float64" if wide else "float32")
@@ -93,7 +95,7 @@ GRADIENT = (rms, max_abs, nonfinite_count, below_float16, below_bfloat16)
 
 
 def record(x: Inexact[Array, "..."], statistics: tuple) -> Float[Array, " n"]:
-    """`[1, statistics...]` of a tensor as one vector; the 1 tells a measured zero from a tap never reached."""
+    """`[1, statistics...]` as one vector; the 1 tells a measured zero from a tap never reached."""
     dtype = accumulation_dtype(x.dtype)
     x = jax.lax.stop_gradient(x)
     return jnp.stack([jnp.ones((), dtype), *(f(x).astype(dtype) for f in statistics)])

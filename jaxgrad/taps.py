@@ -6,6 +6,7 @@ by.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def make_tap(measure: Callable[[Array], Array]) -> Callable[[Array, Array], Arra
     def backward(_: None, cotangent: Array) -> tuple[Array, Array]:
         return cotangent, measure(cotangent)
 
-    gradient_tap.defvjp(forward, backward)
+    _ = gradient_tap.defvjp(forward, backward)
     return gradient_tap
 
 
@@ -62,6 +63,6 @@ statistics_tap = make_tap(lambda cotangent: record(cotangent, GRADIENT))
 full_tap = make_tap(lambda cotangent: cotangent)
 
 
-def statistics_slot(dtype: jnp.dtype, lengths: tuple[int, ...] = ()) -> Array:
+def statistics_slot(dtype: Any, lengths: tuple[int, ...] = ()) -> Array:
     """The slot of a `statistics_tap`: zeros of shape `(*lengths, 1 + number of statistics)`."""
     return jnp.zeros((*lengths, 1 + len(GRADIENT)), accumulation_dtype(dtype))

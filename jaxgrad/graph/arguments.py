@@ -1,4 +1,4 @@
-"""Splitting a call's arguments into what is traced and what stays as it is, with a name for every leaf."""
+"""A call's arguments: what is traced, what stays as it is, and a name for every leaf."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -40,14 +40,14 @@ class Arguments:
 
 
 def is_traceable(leaf: Any) -> bool:
-    """Arrays of JAX (tracers and keys included); NumPy arrays and Python numbers stay as they are."""
+    """JAX arrays, tracers and keys included; NumPy arrays and Python numbers stay as they are."""
     return isinstance(leaf, jax.Array)
 
 
 def split(
     fun: Callable[..., Any], args: tuple, kwargs: dict[str, Any], argnums: Sequence[int]
 ) -> Arguments:
-    """Decide what is traced in `fun(*args, **kwargs)` when it is differentiated with respect to `argnums`.
+    """Decide what is traced when `fun(*args, **kwargs)` is differentiated for `argnums`.
 
     Args:
         fun: the function; only its signature is read here.
@@ -82,15 +82,16 @@ def split(
     if not wanted:
         found = sorted({type(leaf).__name__ for n in argnums for leaf in jax.tree.leaves(args[n])})
         raise TypeError(
-            f"argument {labels[argnums[0]]!r} has no floating-point array to differentiate: its leaves are of "
-            f"type {', '.join(found) or '(none, the tree is empty)'}. Pass parameters as float arrays."
+            f"argument {labels[argnums[0]]!r} has no floating-point array to differentiate: its "
+            f"leaves are of type {', '.join(found) or '(none, the tree is empty)'}. "
+            "Pass parameters as float arrays."
         )
     traced = [i for i, leaf in enumerate(leaves) if is_traceable(leaf)]
     return Arguments(treedef, tuple(leaves), tuple(traced), tuple(wanted), names)
 
 
 def _scalars_are_parameters(leaves: Sequence[Any]) -> bool:
-    """Python floats count as parameters, as in `jax.grad`, unless the tree is a module with static fields."""
+    """Python floats are parameters, as in `jax.grad`, but not in a module with static fields."""
     return all(
         tree.is_array(leaf) or (isinstance(leaf, float | int) and not isinstance(leaf, bool))
         for leaf in leaves
@@ -106,7 +107,7 @@ def _is_wanted(leaf: Any, scalars: bool) -> bool:
 
 
 def leaf_labels(arg: Any, root: str) -> list[str]:
-    """Names of an argument's leaves; a path that begins with an index gets the argument's own name first."""
+    """Names of an argument's leaves; a path that begins with an index gets the argument's name."""
     names = tree.leaf_names(arg, root=root)
     return [f"{root}{name}" if name.startswith("[") else name for name in names]
 

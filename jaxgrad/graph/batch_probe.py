@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.graph import compat
 from jaxgrad.graph.batch_layout import Coupled, Spec, candidates
 from jaxgrad.graph.batch_walk import Walk, pullback
 from jaxgrad.graph.flatten import Line, run_op
@@ -33,7 +34,7 @@ class Prober:
         if effects:
             why = "no rule is known for it, and it has side effects, so that it cannot be probed"
             return [Coupled(why) for _ in op.outputs]
-        if any(isinstance(value, jax.core.Tracer) for value in self.env.values()):
+        if any(isinstance(value, compat.Tracer) for value in self.env.values()):
             why = "no rule is known for it, and it cannot be probed inside another transformation"
             return [Coupled(why) for _ in op.outputs]
         specs = [walk.spec(ref) for ref in op.inputs]
@@ -178,7 +179,9 @@ def _changes(
             yield (
                 example,
                 [
-                    v if s is None else _with_example(np.array(v), s, (example, count), how, rng)
+                    _with_example(np.array(v), s, (example, count), how, rng)
+                    if isinstance(s, int)
+                    else v
                     for v, s in zip(base, specs, strict=True)
                 ],
             )

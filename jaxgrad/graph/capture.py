@@ -51,7 +51,7 @@ def _kinds() -> dict[Any, str]:
 
 
 def primitive_kind(eqn: Any) -> str:
-    """ "jit", "remat", "scan", "cond", "plain" (no sub-programs), or "opaque"."""
+    """The kind of an operation: see `Op.kind`."""
     kind = _kinds().get(eqn.primitive)
     if kind is not None:
         return kind

@@ -1,4 +1,4 @@
-"""Names for arrays that a function closes over: read from its closure, its globals and its own fields."""
+"""Names for the arrays that a function closes over: in cells, globals and fields of objects."""
 
 import functools
 import inspect
@@ -39,7 +39,7 @@ def name_constants(
         names = leaf_labels(value, label)
         for name, leaf in zip(names, jax.tree.leaves(value), strict=True):
             several = len(trees) > 1 and name != label and not name.startswith("[") and label
-            found.setdefault(_identity(leaf), f"{label}/{name}" if several else name)
+            _ = found.setdefault(_identity(leaf), f"{label}/{name}" if several else name)
     return {
         value: found[_identity(array)]
         for value, array in constants.items()
@@ -62,7 +62,7 @@ def _arrays(value: Any) -> list[Any]:
 
 def _closed_over(fun: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """(variable name, pytree) for everything that the function reads from outside."""
-    if depth == 0 or id(fun) in seen:
+    if fun is None or depth == 0 or id(fun) in seen:
         return
     seen.add(id(fun))
     if isinstance(fun, functools.partial):
@@ -76,12 +76,11 @@ def _closed_over(fun: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, An
     inner = inspect.unwrap(getattr(fun, "__func__", fun))
     if not inspect.isfunction(inner):
         yield from _of_object(fun)
-        if hasattr(fun, "__wrapped__"):
-            yield from _closed_over(fun.__wrapped__, depth - 1, seen)
+        yield from _closed_over(getattr(fun, "__wrapped__", None), depth - 1, seen)
         return
     variables = _variables(inner)
     for name, value in variables.items():
-        if callable(value) and not jax.tree.leaves(value, is_leaf=lambda v: v is value) == []:
+        if callable(value):
             yield from _of_object(value) if not inspect.isroutine(value) else ()
             yield from _closed_over(value, depth - 1, seen)
         elif _is_plain_object(value):
@@ -115,7 +114,7 @@ def _variables(fun: Any) -> dict[str, Any]:
     )
     defaults = inspect.signature(fun).parameters.values()
     bound = {p.name: p.default for p in defaults if p.default is not inspect.Parameter.empty}
-    return bound | found.nonlocals | ({} if library else dict(found.globals))
+    return bound | dict(found.nonlocals) | ({} if library else dict(found.globals))
 
 
 def _of_object(value: Any) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax import core as jax_core
 from jax.extend import core as jex_core
 
 try:  # keeps profiler names and error tracebacks of the user's own lines; optional
@@ -19,6 +20,7 @@ except ImportError:  # pragma: no cover - a future JAX without the module
     _source_info = None
 
 Literal = jex_core.Literal
+Tracer = jax_core.Tracer
 DropVar = getattr(jex_core, "DropVar", ())
 
 
@@ -28,7 +30,7 @@ def make_jaxpr(fun, *args) -> tuple[Any, list[Any]]:
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
-    """Split a jaxpr, closed or open, into `(jaxpr, constant values)`; works where the classes are one."""
+    """Split a jaxpr, closed or open, into `(jaxpr, constant values)`."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     return inner, list(getattr(jaxpr, "consts", ()) or ())
 
@@ -64,7 +66,7 @@ def inner_eqns(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def argument_names(jaxpr: Any) -> tuple[str, ...]:
-    """The trace's names of its flat arguments, such as `p['layer']['w']`; empty where JAX gives none."""
+    """The trace's names of its arguments, such as `p['layer']['w']`, or nothing."""
     info = getattr(jaxpr, "debug_info", None)
     return tuple(getattr(info, "arg_names", None) or ())
 
@@ -80,12 +82,12 @@ def scan_counts(params: dict[str, Any], num_inputs: int) -> tuple[int, int]:
         return len(list(consts)), len(list(carry))
     raise NotImplementedError(
         f"jaxgrad cannot read the scan equations of jax {jax.__version__}: expected the parameters "
-        f"'num_consts' and 'num_carry' or 'ft_in', got {sorted(params)}. Please report this version."
+        f"'num_consts' and 'num_carry' or 'ft_in', got {sorted(params)}. Please report this."
     )
 
 
 def scopes(eqn: Any) -> tuple[str, ...]:
-    """The names of `jax.named_scope`s around an equation, outermost first, without transformations."""
+    """The `jax.named_scope`s around an equation, outermost first, without transformations."""
     stack = getattr(eqn.source_info.name_stack, "stack", ())
     return tuple(part.name for part in stack if type(part).__name__ == "Scope")
 

@@ -40,6 +40,17 @@ class Chained:
     depends: Dependence
 
 
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A line to be cut: its operations that the input reaches, and how to call the input."""
+
+    ops: list[Op]
+    line: Line
+    table: Table
+    overall: Dependence
+    what: str
+
+
 class NoGradientPath(ValueError):
     """The output does not depend on the input in a way that a gradient can pass."""
 
@@ -59,28 +70,27 @@ def find_chain(line: Line, table: Table, inputs: list[Value], what: str) -> Chai
     """
     overall = dependence(line.ops, table, inputs)
     ops = [op for op in line.ops if any(v in overall.influenced for v in value_inputs(op))]
+    reading = _Reading(ops, line, table, overall, what)
     starts = tuple(v for v in inputs if table.is_float(v))
-    if starts:
-        return _chain_from(starts, 0, ops, line, table, overall, what)
-    return _chain_from_floats(ops, line, table, overall, what)
+    return _chain_from(starts, 0, reading) if starts else _chain_from_integers(reading)
 
 
-def _chain_from_floats(
-    ops: list[Op], line: Line, table: Table, overall: Dependence, what: str
-) -> Chained:
-    """An integer input: start where all that was embedded from it has come together in one tensor.
+def _chain_from_integers(reading: _Reading) -> Chained:
+    """An integer input: start where all that was embedded from it has come together.
 
     A mask made from tokens is a float too and lives through the whole model: it is held as a side
     input. What is looked up or multiplied out of a float array is an embedding, and the gradient's
     path begins there.
     """
-    roots = _embeddings(ops, table, overall.influenced)
+    ops, line, table = reading.ops, reading.line, reading.table
+    roots = _embeddings(ops, table, reading.overall.influenced)
     smooth = dependence(ops, table, [v for v, _ in roots]).smooth
     ends = {v for v in line.outputs if not isinstance(v, Lit) and v in smooth}
     if not ends:
         raise NoGradientPath(
-            f"{what} holds integers and no floating-point value made from it reaches the output: there is no "
-            "gradient to follow. Pass the float that you want to differentiate, for example the embedded tokens."
+            f"{reading.what} holds integers, and no floating-point value made from it reaches the "
+            "output: there is no gradient to follow. Pass the float that you want to "
+            "differentiate, for example the embedded tokens."
         )
     last = _last_uses(ops, smooth, ends)
     latest = max(i for v, i in roots if v in last)
@@ -96,13 +106,13 @@ def _chain_from_floats(
     chosen = (after_all or single)[:1]
     if not chosen:
         start = tuple(v for v, _ in roots if v in last)
-        return _chain_from(start, latest + 1, ops, line, table, overall, what)
+        return _chain_from(start, latest + 1, reading)
     position, value = chosen[0]
-    return _chain_from((value,), position + 1, ops, line, table, overall, what)
+    return _chain_from((value,), position + 1, reading)
 
 
 def _embeddings(ops: list[Op], table: Table, influenced: set[Value]) -> list[tuple[Value, int]]:
-    """Floats made from integers with the help of a float array, each with its position; else any float."""
+    """Floats made from integers and a float array, each with its position; else any float."""
     floats: set[Value] = set()
     found, any_float = [], []
     for i, op in enumerate(ops):
@@ -110,10 +120,11 @@ def _embeddings(ops: list[Op], table: Table, influenced: set[Value]) -> list[tup
         inputs = value_inputs(op)
         from_floats = any(v in floats for v in inputs)
         arrays = [v for v in inputs if v not in influenced and table.is_float(v)]
-        if made and any(table.avals[v].shape for v in arrays) and op.name not in _ELEMENTWISE:
-            if not from_floats or op.name in ("dot_general", "conv_general_dilated"):
-                found += [(v, i) for v in made]
-                continue
+        looks_up = op.name not in _ELEMENTWISE and any(table.avals[v].shape for v in arrays)
+        product = op.name in ("dot_general", "conv_general_dilated")
+        if made and looks_up and (product or not from_floats):
+            found += [(v, i) for v in made]
+            continue
         if made and not from_floats:
             any_float += [(v, i) for v in made]
         masks_only = all(v not in {r for r, _ in found} for v in inputs)
@@ -133,27 +144,20 @@ def _last_uses(ops: list[Op], smooth: set[Value], outputs: Iterable[Value]) -> d
     for i in range(len(ops) - 1, -1, -1):
         if any(v in smooth for v in ops[i].outputs):
             for v in value_inputs(ops[i]):
-                last.setdefault(v, i)
+                _ = last.setdefault(v, i)
     return last
 
 
-def _chain_from(
-    start: tuple[Value, ...],
-    position: int,
-    ops: list[Op],
-    line: Line,
-    table: Table,
-    overall: Dependence,
-    what: str,
-) -> Chained:
+def _chain_from(start: tuple[Value, ...], position: int, reading: _Reading) -> Chained:
+    ops, line, table = reading.ops, reading.line, reading.table
     rest = ops[position:]
     smooth = dependence(rest, table, start).smooth
-    depends = Dependence(overall.influenced, smooth)
+    depends = Dependence(reading.overall.influenced, smooth)
     outputs = tuple(
         dict.fromkeys(v for v in line.outputs if not isinstance(v, Lit) and v in smooth)
     )
     if not outputs:
-        raise NoGradientPath(_explain(rest, start, overall, what))
+        raise NoGradientPath(_explain(rest, start, reading.overall, reading.what))
     last = _last_uses(rest, smooth, outputs)
     live = {v for v in start if v in last}
     segments, before, begun = [], start, 0
@@ -197,7 +201,7 @@ def _cut(
         if carried is None or following[:depth] == here[:depth]:
             continue
         if live <= set(carried):
-            return tuple(dict.fromkeys(v for v in carried if v in live))
+            return tuple(dict.fromkeys(v for v in carried if not isinstance(v, Lit) and v in live))
     return None
 
 
@@ -215,5 +219,6 @@ def _explain(ops: list[Op], start: tuple[Value, ...], overall: Dependence, what:
     stops = "; it ends at " + ", ".join(dict.fromkeys(ends)) if ends else ""
     return (
         f"the output does not depend on {what} in a way that a gradient can pass{stops}. Check for "
-        "stop_gradient, integer casts, argmax and rounding, or factorize with respect to another argument."
+        "stop_gradient, integer casts, argmax and rounding, or factorize with respect to another "
+        "argument."
     )

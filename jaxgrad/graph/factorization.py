@@ -40,6 +40,7 @@ class Link:
     batch_out: batching.Layout | None = None
 
     def __call__(self, h: Any) -> Any:
+        """The next state."""
         state = check_state(h, self.program, self.in_tree, self.name)
         after, _ = run_program(self.program, self.constants, self.sides, state)
         return jax.tree.unflatten(self.out_tree, after)
@@ -122,10 +123,14 @@ def check_state(h: Any, program: Program, tree: Any, name: str) -> State:
     wanted = [tuple(a.shape) for a in expected]
     if found != tree or shapes != wanted:
         raise ValueError(
-            f"layer {name!r}: expected a state of shape {wanted if len(wanted) != 1 else wanted[0]}, "
-            f"got {shapes if len(shapes) != 1 else shapes[0]}; states of this chain are made by chain.states(x)"
+            f"layer {name!r}: expected a state of shape {_one_or_all(wanted)}, got "
+            f"{_one_or_all(shapes)}; states of this chain are made by chain.states(x)"
         )
     return tuple(jnp.asarray(leaf, a.dtype) for leaf, a in zip(leaves, expected, strict=True))
+
+
+def _one_or_all(shapes: list[tuple[int, ...]]) -> Any:
+    return shapes[0] if len(shapes) == 1 else shapes
 
 
 def factorize(
@@ -154,7 +159,8 @@ def factorize(
     parameters = closures.name_constants(fun, args, argnum, table.constants)
     labels = names.label(traced.block, table, parameters)
     scans = _scan_paths(traced.block, labels)
-    line = flatten.unroll(flatten.inline(traced.block, labels), table, inputs, labels)
+    line = flatten.inline(traced.block, labels, table, inputs)
+    line = flatten.unroll(line, table, inputs, labels)
     names.label_calls(line.ops, labels)
     chained = cuts.find_chain(line, table, inputs, what)
     groups = layers.group(chained, labels, table, mode, scans)
@@ -163,19 +169,40 @@ def factorize(
         layouts, independence = batching.layouts(
             chained, line, table, inputs, leaves, batch_axis, labels
         )
-    made = _Factorized(chained, groups, line, table, inputs, in_tree, traced.out_tree, layouts)
+    out_tree = traced.out_tree
+    made = _Factorized(_Found(chained, groups, line, table, inputs, in_tree, out_tree, layouts))
     links = made.links(leaves)
     graph = _describe(made, labels, parameters, independence, traced.block)
     return links, graph, made.resolver(links)
 
 
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What reading the function has found."""
+
+    chained: cuts.Chained
+    groups: list[layers.Group]
+    line: Line
+    table: Table
+    inputs: list[Value]
+    in_tree: Any
+    out_tree: Any
+    layouts: dict[tuple[Value, ...], batching.Layout] | None
+
+
 class _Factorized:
     """A factorized function: its programs, and how to run them on another input."""
 
-    def __init__(self, chained, groups, line, table, inputs, in_tree, out_tree, layouts) -> None:
-        self.groups, self.table, self.inputs, self.in_tree = groups, table, inputs, in_tree
-        self.chained, self.layouts, self.out_tree = chained, layouts, out_tree
-        self.closed_scans = line.closed_scans
+    def __init__(self, found: _Found) -> None:
+        chained, groups, line, table = found.chained, found.groups, found.line, found.table
+        self.groups, self.table, self.inputs, self.in_tree = (
+            groups,
+            table,
+            found.inputs,
+            found.in_tree,
+        )
+        self.chained, self.layouts, self.out_tree = chained, found.layouts, found.out_tree
+        self.closed_scans, inputs = line.closed_scans, found.inputs
         influenced = chained.depends.influenced | set(inputs)
         self.programs = [
             Program(
@@ -250,8 +277,8 @@ class _Factorized:
             shapes = [tuple(np.shape(leaf)) for leaf in leaves]
             if tree != self.in_tree or shapes != [tuple(a.shape) for a in avals]:
                 raise ValueError(
-                    f"the chain was made for an input of shape {[tuple(a.shape) for a in avals]}, got {shapes}; "
-                    "factorize the function again for another shape"
+                    f"the chain was made for an input of shape {[tuple(a.shape) for a in avals]}, "
+                    f"got {shapes}; factorize the function again for another shape"
                 )
             leaves = [jnp.asarray(leaf, a.dtype) for leaf, a in zip(leaves, avals, strict=True)]
             states, sides = self.forward(leaves)
@@ -332,82 +359,3 @@ def _describe(
         made_up_names=tuple(group.name for group in made.groups if group.made_up),
         independence=independence,
     )
-
-
-def resolve_given(given: Sequence[Any], x: Any, cache: dict[Any, Any]) -> Run:
-    """A chain of given functions at an input: each traced once for the type of its state."""
-    state, tree = _flat_state(x)
-    states, trees, links = [state], [tree], []
-    for k, layer in enumerate(given):
-        key = (k, tree, tuple((a.shape, str(a.dtype)) for a in state))
-        if key not in cache:
-            cache[key] = _trace_layer(layer.function, tree, state, layer.name)
-        program, constants, out_tree = cache[key]
-        links.append(Link(layer.name, program, constants, (), tree, out_tree))
-        state, _ = run_program(program, constants, (), state)
-        tree = out_tree
-        states.append(state)
-        trees.append(tree)
-    return Run(tuple(links), tuple(states), tuple(trees))
-
-
-def resolve_scanned(
-    block: Callable[[Any, Any], Any], stacked: Any, given: Sequence[Any], x: Any
-) -> Run:
-    """A chain of equal layers at an input: the block is traced once."""
-    state, tree = _flat_state(x)
-    params, params_tree = jax.tree.flatten(stacked)
-    first = [leaf[0] for leaf in params]
-
-    def call(*leaves: Any) -> Any:
-        own = jax.tree.unflatten(params_tree, leaves[: len(params)])
-        return block(own, jax.tree.unflatten(tree, leaves[len(params) :]))
-
-    traced = capture.capture(call, [*first, *state])
-    inputs = traced.block.inputs
-    program, fixed = _whole_program(traced, inputs[len(params) :])
-    states, links = [state], []
-    for k, layer in enumerate(given):
-        own = {v: leaf[k] for v, leaf in zip(inputs, params, strict=False)}
-        values = tuple(own[v] if v in own else fixed[v] for v in program.constants)
-        constants = (*program.literal_values(), *values)
-        links.append(Link(layer.name, program, constants, (), tree, traced.out_tree))
-        state, _ = run_program(program, constants, (), states[-1])
-        _check_same_type(states[0], state, layer.name)
-        states.append(state)
-    return Run(tuple(links), tuple(states), (tree,) * len(states))
-
-
-def _check_same_type(before: State, after: State, name: str) -> None:
-    types = [[(tuple(a.shape), str(a.dtype)) for a in state] for state in (before, after)]
-    if types[0] != types[1]:
-        raise ValueError(
-            f"layer {name!r}: Chain.scanned expects a block that keeps the state's shape and dtype, "
-            f"got {types[0]} -> {types[1]}"
-        )
-
-
-def _flat_state(x: Any) -> tuple[State, Any]:
-    leaves, tree = jax.tree.flatten(x)
-    return tuple(jnp.asarray(leaf) for leaf in leaves), tree
-
-
-def _trace_layer(function: Any, tree: Any, state: State, name: str) -> tuple[Program, State, Any]:
-    try:
-        traced = capture.capture(lambda *leaves: function(jax.tree.unflatten(tree, leaves)), state)
-    except (TypeError, ValueError) as error:
-        shapes = [tuple(a.shape) for a in state]
-        raise ValueError(f"layer {name!r} fails on a state of shape {shapes}: {error}") from error
-    program, fixed = _whole_program(traced, traced.block.inputs)
-    constants = (*program.literal_values(), *(fixed[v] for v in program.constants))
-    return program, constants, traced.out_tree
-
-
-def _whole_program(
-    traced: capture.Capture, state: Sequence[Value]
-) -> tuple[Program, dict[Value, Any]]:
-    line = flatten.inline(traced.block, names.Labels())
-    line.ops = flatten.needed_ops(line)
-    influenced = flatten.dependence(line.ops, traced.table, state).influenced
-    program = Program(line.ops, state, line.outputs, influenced, traced.table)
-    return program, traced.table.constants

@@ -1,4 +1,4 @@
-"""One straight line: calls inlined, and scans unrolled where each iteration is a link of the chain."""
+"""One straight line: calls inlined, scans unrolled where an iteration is a link of the chain."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -41,32 +41,44 @@ class Line:
     closed_scans: dict[Op, str] = field(default_factory=dict)
 
 
-def inline(block: Block, labels: Labels) -> Line:
-    """Replace every `jit` and `remat` call by its body; recompute-in-backward changes no derivative."""
+def inline(block: Block, labels: Labels, table: Table, inputs: Iterable[Value]) -> Line:
+    """Replace `jit` and `remat` calls by their bodies; recompute-in-backward changes no derivative.
+
+    A call that the chain's input does not reach (a dropout mask from a fixed key) stays one call.
+
+    Args:
+        block: the program.
+        labels: extended to the new operations.
+        table: the program's values.
+        inputs: the values that depend on the chain's input at the block's entry.
+    """
+    influenced = dependence(block.ops, table, inputs).influenced
     mapping: dict[Value, Ref] = {}
     ops: list[Op] = []
-    _inline(block, mapping, ops, labels)
+
+    def visit(block: Block) -> None:
+        for op in block.ops:
+            refs = tuple(substitute(ref, mapping) for ref in op.inputs)
+            reached = any(v in influenced for v in op.outputs)
+            if op.kind in ("jit", "remat") and (reached or getattr(op.eqn, "effects", None)):
+                inner = op.blocks[0]
+                mapping.update(zip(inner.inputs, refs, strict=True))
+                visit(inner)
+                mapping.update(zip(op.outputs, inner.outputs, strict=True))
+            else:
+                new = replace(op, inputs=refs)
+                _copy_labels(op, new, labels)
+                ops.append(new)
+
+    visit(block)
     return Line(ops, [substitute(ref, mapping) for ref in block.outputs])
 
 
-def _inline(block: Block, mapping: dict[Value, Ref], ops: list[Op], labels: Labels) -> None:
-    for op in block.ops:
-        inputs = tuple(substitute(ref, mapping) for ref in op.inputs)
-        if op.kind in ("jit", "remat"):
-            inner = op.blocks[0]
-            mapping.update(zip(inner.inputs, inputs, strict=True))
-            _inline(inner, mapping, ops, labels)
-            mapping.update(zip(op.outputs, inner.outputs, strict=True))
-        else:
-            new = replace(op, inputs=inputs)
-            _copy_labels(op, new, labels)
-            ops.append(new)
-
-
 def _copy_labels(old: Op, new: Op, labels: Labels) -> None:
-    for table in (labels.path, labels.uses):
-        if old in table:
-            table[new] = table[old]
+    if old in labels.path:
+        labels.path[new] = labels.path[old]
+    if old in labels.uses:
+        labels.uses[new] = labels.uses[old]
     if old in labels.by_scope:
         labels.by_scope.add(new)
     for a, b in zip(old.outputs, new.outputs, strict=True):
@@ -111,7 +123,7 @@ def _follow(ops: Iterable[Op], table: Table, found: Dependence) -> None:
 
 
 def _follow_call(op: Op, table: Table, found: Dependence) -> None:
-    """Through the body of a call; a scan's again and again, until what it carries stops changing."""
+    """Through the body of a call; a scan's until what it carries stops changing."""
     inner = op.blocks[0]
     carried = inner.inputs[op.num_consts : op.num_consts + op.num_carry]
     sets = (found.influenced, found.smooth)
@@ -161,7 +173,7 @@ def unroll(line: Line, table: Table, inputs: list[Value], labels: Labels) -> Lin
         todo = next((op for op, why in reasons.items() if why == ""), None)
         if todo is None:
             return line
-        line = _unrolled(line, todo, table, labels)
+        line = _unrolled(line, todo, table, labels, depends)
 
 
 def _why_closed(scan: Op, line: Line, depends: Dependence) -> str | None:
@@ -192,7 +204,7 @@ def _why_closed(scan: Op, line: Line, depends: Dependence) -> str | None:
     return ""
 
 
-def _unrolled(line: Line, scan: Op, table: Table, labels: Labels) -> Line:
+def _unrolled(line: Line, scan: Op, table: Table, labels: Labels, depends: Dependence) -> Line:
     position = line.ops.index(scan)
     inner, first = scan.blocks[0], scan.num_consts + scan.num_carry
     constants, carry = scan.inputs[: scan.num_consts], scan.inputs[scan.num_consts : first]
@@ -200,6 +212,7 @@ def _unrolled(line: Line, scan: Op, table: Table, labels: Labels) -> Line:
     ops: list[Op] = []
     marks = dict(line.marks)
     stacks: list[dict[int, Ref]] = [{} for _ in scan.outputs[scan.num_carry :]]
+    influenced = set(depends.influenced)
     for k in reversed(order) if scan.eqn.params["reverse"] else order:
         mark = (*scan.iteration, (scan.outputs[0], k))
         slices = [_index(ref, k, table, mark) for ref in scan.inputs[first:]]
@@ -208,7 +221,8 @@ def _unrolled(line: Line, scan: Op, table: Table, labels: Labels) -> Line:
         )
         body = clone(inner, table, mapping, lambda op, mark=mark: replace(op, iteration=mark))
         _copy_block_labels(inner.ops, body.ops, labels)
-        inlined = inline(body, labels)
+        influenced |= dependence(body.ops, table, influenced).influenced
+        inlined = inline(body, labels, table, influenced)
         iteration_ops = [*slices, *inlined.ops]
         carry = tuple(inlined.outputs[: scan.num_carry])
         marks[mark] = carry

@@ -23,7 +23,8 @@ class Lit:
 
     @property
     def aval(self) -> Any:
-        return self.value.aval if hasattr(self.value, "aval") else np.asarray(self.value)
+        """Something with the literal's shape and dtype."""
+        return self.value if hasattr(self.value, "dtype") else np.asarray(self.value)
 
 
 Ref = Value | Lit
@@ -72,15 +73,17 @@ class Block:
 class Table:
     """What is known of each value: its type, and for constants the array itself."""
 
-    avals: dict[Value, Any] = field(default_factory=dict)
+    avals: dict[Ref, Any] = field(default_factory=dict)
     constants: dict[Value, Any] = field(default_factory=dict)
 
     def new(self, aval: Any) -> Value:
+        """A new value of the given type."""
         value = len(self.avals)
         self.avals[value] = aval
         return value
 
     def constant(self, array: Any, aval: Any) -> Value:
+        """A new value that stands for a known array."""
         value = self.new(aval)
         self.constants[value] = array
         return value
@@ -106,7 +109,7 @@ def value_inputs(op: Op) -> tuple[Value, ...]:
 
 
 def walk(block: Block) -> Iterator[tuple[tuple[Op, ...], Op]]:
-    """All operations in program order, each with the operations that enclose it (outermost first)."""
+    """All operations in program order, each with those that enclose it, outermost first."""
     stack: list[tuple[tuple[Op, ...], Op]] = [((), op) for op in reversed(block.ops)]
     while stack:
         parents, op = stack.pop()
@@ -128,7 +131,7 @@ def renamed(op: Op, mapping: dict[Value, Ref]) -> Op:
 
 
 def clone(block: Block, table: Table, mapping: dict[Value, Ref], edit: Callable[[Op], Op]) -> Block:
-    """A copy of `block` with new values everywhere except where `mapping` already says otherwise."""
+    """A copy of `block` with new values, except where `mapping` already says otherwise."""
     for value in block.inputs:
         if value not in mapping:
             mapping[value] = table.new(table.avals[value])

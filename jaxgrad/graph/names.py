@@ -1,4 +1,4 @@
-"""Which layer an operation belongs to: the user's tap, else its scope, else the parameters that it uses.
+"""Which layer an operation belongs to: the user's tap, else its scope, else its parameters.
 
 Flax linen and haiku put the module's whole path into the scope; equinox puts the class only, NNX
 and plain functions nothing. There the path of the parameter says it, followed by dataflow: what is
@@ -46,7 +46,7 @@ class Labels:
 
 
 def module_of(leaf: str) -> Path:
-    """The path of the module that owns a parameter leaf: `"block/mlp/kernel"` -> `("block", "mlp")`.
+    """The path of the module that owns a leaf: `"block/mlp/kernel"` -> `("block", "mlp")`.
 
     A leaf at the root is its own module. Flax's collection `params` is no module.
     """
@@ -207,31 +207,35 @@ def _root_scope(block: Block, ambiguous: set[Path]) -> Path:
 
 
 def _ambiguous_scopes(block: Block, labels: Labels) -> set[Path]:
-    """Scopes that were entered for several modules: `with named_scope("block")` in a loop over blocks.
+    """Scopes entered for several modules: `with named_scope("block")` in a loop over blocks.
 
     Two visits of one scope that use different parameters, or parameters that differ in an index
     only (`blocks[0]`, `blocks[1]`), belong to different modules; one module called twice uses the
     same ones.
     """
     visits: dict[Path, list[set[str]]] = defaultdict(list)
+    own: dict[Path, set[str]] = defaultdict(set)
     current: Path = ()
     for _, op in walk(block):
+        own[op.scope] |= labels.uses.get(op, frozenset())
         for depth in range(1, len(op.scope) + 1):
             prefix = op.scope[:depth]
             if current[:depth] != prefix or not visits[prefix]:
                 visits[prefix].append(set())
             visits[prefix][-1] |= labels.uses.get(op, frozenset())
         current = op.scope
-    return {scope for scope, sets in visits.items() if _several_modules(sets)}
+    return {scope for scope, sets in visits.items() if _disjoint(sets) or _repeated(own[scope])}
 
 
-def _several_modules(visits: Sequence[set[str]]) -> bool:
+def _disjoint(visits: Sequence[set[str]]) -> bool:
     used = [names for names in visits if names]
-    disjoint = len(used) > 1 and not set.intersection(*used) and len({*map(frozenset, used)}) > 1
-    names = set().union(*used) if used else set()
+    return len(used) > 1 and not set.intersection(*used)
+
+
+def _repeated(names: set[str]) -> bool:
+    """Whether every parameter has a counterpart in another index: one scope, many modules."""
     shapes = Counter(re.sub(r"\[\d+\]", "[]", name, count=1) for name in names)
-    repeated = bool(shapes) and min(shapes.values()) > 1
-    return disjoint or repeated
+    return bool(shapes) and min(shapes.values()) > 1
 
 
 def unique(names: Sequence[str]) -> list[str]:

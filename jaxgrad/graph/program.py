@@ -1,4 +1,4 @@
-"""A link of the chain as a pure function, comparable with others so that equal layers share one compilation.
+"""A link of the chain as a pure function, comparable: equal layers share one compilation.
 
 `Program.run(constants, sides, state)` holds no array: whatever the operations read from outside is
 an argument. Two programs are equal when they do the same to differently valued constants.

@@ -7,7 +7,7 @@ from jaxgrad.graph.sites import Site
 
 
 def opaque_regions(block: Block, table: Table, labels: Labels) -> tuple[str, ...]:
-    """Operations that jaxgrad runs but does not look into, each with its layer and the line that made it."""
+    """Operations that jaxgrad runs but does not look into, with layer and source line."""
     found = []
     for _, op in walk(block):
         if op.kind == "opaque" and any(table.is_float(v) for v in op.outputs) and not _is_small(op):
@@ -16,7 +16,7 @@ def opaque_regions(block: Block, table: Table, labels: Labels) -> tuple[str, ...
 
 
 def _is_small(op: Op) -> bool:
-    """An activation with a derivative rule of its own, such as `jax.nn.relu`: there is nothing inside to see."""
+    """An activation with a rule of its own, such as `jax.nn.relu`: nothing inside to see."""
     inner = {e.primitive.name for e in compat.inner_eqns(op.eqn.params)}
     return op.name == "custom_jvp_call" and not inner & {
         "dot_general",

@@ -66,11 +66,11 @@ class Tapped:
                 records |= inner
             else:
                 outputs = compat.bind(op.eqn, values)
-            for value, output in zip(op.outputs, outputs, strict=True):
+            env.update(zip(op.outputs, outputs, strict=True))
+            for value in op.outputs:
                 if value in self.sites:
                     site = self.sites[value]
-                    output, records[site] = self.tap(output, slots[site])
-                env[value] = output
+                    env[value], records[site] = self.tap(env[value], slots[site])
             for value in value_inputs(op):  # free what nothing reads any more
                 if last[value] == i and value not in keep:
                     env.pop(value, None)
@@ -152,11 +152,11 @@ class Tapped:
 
 def _holds_tracers(op: Op) -> bool:
     _, consts = compat.open_jaxpr(compat.called_jaxpr(op.eqn))
-    return any(isinstance(const, jax.core.Tracer) for const in consts)
+    return any(isinstance(const, compat.Tracer) for const in consts)
 
 
 class _Identity:
-    """A key that compares by identity and keeps its object alive (jaxprs have no stable equality)."""
+    """A key that compares by identity and keeps its object alive."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

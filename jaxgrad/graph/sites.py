@@ -49,10 +49,15 @@ class _Planner:
     labels: Labels
     found: dict[Value, Site]
 
+    def leaves_of(self, path: Path) -> tuple[str, ...]:
+        """The parameter leaves that a layer uses."""
+        uses = self.labels.uses.items()
+        return tuple(sorted({n for op, ns in uses if self.labels.path.get(op) == path for n in ns}))
+
 
 @dataclass(frozen=True)
 class _Place:
-    """A block's place in the program: its order, its scans, and the layer of the call that holds it."""
+    """A block's place: its order, its scans, and the layer of the call that holds it."""
 
     order: tuple[int, ...] = ()
     scans: tuple[tuple[int, Path, int, bool], ...] = ()
@@ -77,11 +82,8 @@ def plan_sites(block: Block, table: Table, labels: Labels) -> list[Site]:
         for i, op in enumerate(block.ops):
             for value in op.outputs:
                 _add(planner, value, (f"{op.name}[{i}]",), _Place(), i)
-    used = defaultdict(set)
-    for op, names in labels.uses.items():
-        used[labels.path.get(op)] |= names
     sites = sorted(planner.found.values(), key=lambda site: site.order)
-    return [replace(s, parameters=s.parameters or tuple(sorted(used[s.path]))) for s in sites]
+    return [replace(s, parameters=s.parameters or planner.leaves_of(s.path)) for s in sites]
 
 
 def rows(sites: list[Site]) -> tuple[list[str], np.ndarray]:
@@ -135,8 +137,22 @@ def _plan_block(block: Block, place: _Place, planner: _Planner) -> None:
             ):
                 _add(planner, value, labels.path[op] or (labels.root or ("output",))[-1:], place, i)
     _plan_parameters(block, place, readers, planner)
+    _let_taps_replace(block, readers, planner)
     if place.carry:
         _plan_carry(block, place, planner)
+
+
+def _let_taps_replace(
+    block: Block, readers: dict[Value, list[Op | None]], planner: _Planner
+) -> None:
+    """A tensor that the user named right away is one row, under the user's name."""
+    for op in block.ops:
+        tap = op.outputs[0] if op.name == "name" else None
+        source = next(iter(value_inputs(op)), None)
+        if tap in planner.found and source in planner.found and readers[source] == [op]:
+            layer = planner.found.pop(source)
+            used = layer.parameters or planner.leaves_of(layer.path)
+            planner.found[tap] = replace(planner.found[tap], parameters=used)
 
 
 def _readers(block: Block) -> dict[Value, list[Op | None]]:
@@ -251,7 +267,7 @@ def _plan_residual(
     readers: dict[Value, list[Op | None]],
     planner: _Planner,
 ) -> None:
-    """The sum that adds a branch to its input, named by the longest module that ends with the branch."""
+    """The sum that adds a branch to its input, named by the module that ends with the branch."""
     labels = planner.labels
     if len(readers[value]) != 1 or not isinstance(op := readers[value][0], Op):
         return
@@ -280,7 +296,9 @@ def _plan_carry(block: Block, place: _Place, planner: _Planner) -> None:
     carried = [
         ref
         for ref in block.outputs[: place.carry]
-        if ref in produced and is_real_dtype(getattr(planner.table.avals[ref], "dtype", None))
+        if not isinstance(ref, Lit)
+        and ref in produced
+        and is_real_dtype(getattr(planner.table.avals[ref], "dtype", None))
     ]
     inner = {(*place.order, i) for i in range(len(block.ops))}
     if len(carried) == 1 and carried[0] not in planner.found:  # one row an iteration, not two

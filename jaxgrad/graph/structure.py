@@ -1,8 +1,9 @@
-"""Jacobians that can be read off the program: elementwise layers are diagonal, dense layers are their weights.
+"""Jacobians read off the program: elementwise layers are diagonal, dense ones their weights.
 
-What is proved is the tangent program (the layer's own derivative rules, already applied): a single
-thread from the tangent to the result through elementwise scalings and products with a matrix.
-Everything else is pushed or pulled.
+What is read is the tangent program: the layer's own derivative rules, already applied. Every value
+in it that depends on the tangent is a diagonal or a matrix times that tangent, as long as it comes
+from elementwise scalings, sums, and products with a matrix; so is a residual branch. Everything
+else is pushed or pulled.
 """
 
 from collections.abc import Callable
@@ -19,18 +20,24 @@ from jaxgrad.graph.ir import Lit, Op, Ref, Table, Value, value_inputs
 from jaxgrad.graph.names import Labels
 from jaxgrad.graph.program import Program
 
-# Linear in one operand, elementwise, shape kept.
-_SCALINGS = {"mul", "div", "neg", "convert_element_type", "copy", "select_n", "reduce_precision"}
+# Linear and elementwise in their tangents: in one of two operands, in one alone, in all together.
+_PRODUCTS = {"mul", "div"}
+_UNARY = {"neg", "convert_element_type", "copy", "reduce_precision"}
+_SUMS = {"add", "sub", "add_any"}
 
 
 @dataclass(frozen=True, eq=False)
-class _Thread:
-    """A tangent program whose result depends on the tangent through one thread of operations."""
+class _Form:
+    """A value as `matrix @ tangent`: of shape (..., n) if diagonal, (..., n_out, n) if not."""
 
-    line: flatten.Line
-    table: Table
-    inputs: tuple[Value, ...]
-    carried: frozenset[Value]
+    matrix: Array
+    diagonal: bool
+
+    def dense(self) -> Array:
+        """The matrix, written out."""
+        if not self.diagonal:
+            return self.matrix
+        return self.matrix[..., None] * jnp.eye(self.matrix.shape[-1], dtype=self.matrix.dtype)
 
 
 def structured_jacobian(fun: Callable[[Array], Array], h: Array) -> Array | None:
@@ -44,31 +51,24 @@ def structured_jacobian(fun: Callable[[Array], Array], h: Array) -> Array | None
     Returns:
         Array (n_out, n_in) or (examples, n_out, n_in); None where the form is not provable.
     """
-    thread = _read(fun, h)
-    if thread is None:
+    read = _read(fun, h)
+    if read is None:
         return None
-    env: dict[Value, Any] = dict(thread.table.constants)
-    env[thread.inputs[0]] = h
-    form: tuple[str, Array] = ("diagonal", jnp.ones_like(h))
-    for op in thread.line.ops:
-        values = [ref.value if isinstance(ref, Lit) else env.get(ref) for ref in op.inputs]
-        position = next((i for i, r in enumerate(op.inputs) if _in(r, thread.carried)), None)
-        if position is None:
-            env.update(zip(op.outputs, flatten.run_op(op, values), strict=True))
-        elif op.name == "dot_general":
-            form = ("dense", _times_weights(form, values[1 - position], _weight_axis(op, position)))
+    line, table, (state, tangent) = read
+    env: dict[Value, Any] = dict(table.constants) | {state: h}
+    forms: dict[Ref, _Form] = {tangent: _Form(jnp.ones_like(h), True)}
+    for op in line.ops:
+        if any(v in forms for v in value_inputs(op)):
+            forms[op.outputs[0]] = _propagate(op, env, forms)
         else:
-            form = (form[0], _scaled(op, values, position, form))
-    if form[0] == "diagonal":
-        return form[1][..., None] * jnp.eye(h.shape[-1], dtype=form[1].dtype)
-    return jnp.broadcast_to(form[1], (*h.shape[:-1], *form[1].shape[-2:]))
+            values = [ref.value if isinstance(ref, Lit) else env[ref] for ref in op.inputs]
+            env.update(zip(op.outputs, flatten.run_op(op, values), strict=True))
+    matrix = forms[line.outputs[0]].dense()
+    return jnp.broadcast_to(matrix, (*h.shape[:-1], *matrix.shape[-2:]))
 
 
-def _in(ref: Ref, values: frozenset[Value]) -> bool:
-    return not isinstance(ref, Lit) and ref in values
-
-
-def _read(fun: Callable[[Array], Array], h: Array) -> _Thread | None:
+def _read(fun: Callable[[Array], Array], h: Array) -> tuple[flatten.Line, Table, Any] | None:
+    """The tangent program of `fun`, if every operation on the tangent's way is understood."""
     if h.ndim not in (1, 2):
         return None
 
@@ -79,36 +79,30 @@ def _read(fun: Callable[[Array], Array], h: Array) -> _Thread | None:
         traced = capture.capture(tangent, [h, h])
     except TypeError:  # a layer without a forward rule
         return None
-    line = flatten.inline(traced.block, Labels())
+    inputs, table = traced.block.inputs, traced.table
+    line = flatten.inline(traced.block, Labels(), table, inputs)
     line.ops = flatten.needed_ops(line)
-    inputs = traced.block.inputs
-    carried = flatten.dependence(line.ops, traced.table, [inputs[1]]).smooth
-    if len(line.outputs) != 1 or not _in(line.outputs[0], frozenset(carried)):
-        return None
-    current, zeros = inputs[1], _zeros(line)
-    for op in line.ops:
-        taken = [v for v in value_inputs(op) if v in carried]
-        if not taken:
-            continue
-        if taken != [current] or not _is_known(op, current, traced.table, zeros):
-            return None
-        current = op.outputs[0]
-    ends = line.outputs[0] == current
-    return _Thread(line, traced.table, tuple(inputs), frozenset(carried)) if ends else None
+    carried = flatten.dependence(line.ops, table, [inputs[1]]).influenced
+    zeros = _zeros(line)
+    on_the_way = [op for op in line.ops if any(v in carried for v in value_inputs(op))]
+    understood = all(_is_understood(op, carried, zeros, table) for op in on_the_way)
+    reaches = len(line.outputs) == 1 and line.outputs[0] in carried
+    return (line, table, inputs) if understood and reaches else None
 
 
-def _is_known(op: Op, current: Value, table: Table, zeros: set[Value]) -> bool:
-    position = op.inputs.index(current)
-    shape = tuple(table.avals[current].shape)
+def _is_understood(op: Op, carried: set[Value], zeros: set[Value], table: Table) -> bool:
+    taken = [i for i, ref in enumerate(op.inputs) if not isinstance(ref, Lit) and ref in carried]
+    shapes = {tuple(table.avals[op.inputs[i]].shape) for i in taken}
     if op.name == "dot_general":
-        return _weight_axis(op, position) is not None and _keeps_examples(op, position, table)
-    if op.name not in _SCALINGS or (op.name == "div" and position != 0):
+        return len(taken) == 1 and _weight_axis(op, taken[0]) is not None
+    if len(op.outputs) != 1 or shapes != {tuple(table.avals[op.outputs[0]].shape)}:
         return False
-    if op.name == "select_n":  # the other cases must be zero: a choice is linear only then
-        others = [r for i, r in enumerate(op.inputs) if i not in (0, position)]
-        if position == 0 or not all(_is_zero(r, zeros) for r in others):
-            return False
-    return tuple(table.avals[op.outputs[0]].shape) == shape
+    if op.name in _PRODUCTS:
+        return len(taken) == 1 and not (op.name == "div" and taken == [1])
+    if op.name == "select_n":  # linear only if every other case is zero
+        others = [ref for i, ref in enumerate(op.inputs) if i and i not in taken]
+        return 0 not in taken and all(_is_zero(ref, zeros) for ref in others)
+    return op.name in _UNARY or (op.name in _SUMS and len(taken) == len(op.inputs))
 
 
 def _is_zero(ref: Ref, zeros: set[Value]) -> bool:
@@ -126,40 +120,46 @@ def _zeros(line: flatten.Line) -> set[Value]:
 
 
 def _weight_axis(op: Op, position: int) -> int | None:
-    """Which axis of the other operand, a matrix, meets the tangent's last axis."""
+    """Which axis of the other operand, a matrix, meets the tangent's last axis.
+
+    None if it is no such product, or if its result is (n_out, examples).
+    """
     (contract, batch) = op.eqn.params["dimension_numbers"]
     own, other = (contract[0], contract[1]) if position == 0 else (contract[1], contract[0])
     rank = len(op.eqn.invars[position].aval.shape)
-    if batch[0] or len(own) != 1 or own[0] != rank - 1:
+    keeps_examples = position == 0 or rank == 1
+    if batch[0] or len(own) != 1 or own[0] != rank - 1 or not keeps_examples:
         return None
     return other[0] if len(op.eqn.invars[1 - position].aval.shape) == 2 else None
 
 
-def _keeps_examples(op: Op, position: int, table: Table) -> bool:
-    """The result is (n_out,) or (examples, n_out); weights on the left of a batch give (n_out, examples)."""
-    return position == 0 or len(table.avals[op.inputs[position]].shape) == 1
+def _propagate(op: Op, env: dict[Value, Any], forms: dict[Ref, _Form]) -> _Form:
+    taken = [i for i, ref in enumerate(op.inputs) if not isinstance(ref, Lit) and ref in forms]
+    own = [forms[op.inputs[i]] for i in taken]
+    values: list[Any] = [r.value if isinstance(r, Lit) else env.get(r) for r in op.inputs]
+    if op.name == "dot_general":
+        weights = values[1 - taken[0]]
+        return _times_weights(own[0], weights if _weight_axis(op, taken[0]) == 1 else weights.T)
+
+    def apply(columns: list[Array]) -> Array:
+        operands = list(values)
+        for i, column in zip(taken, columns, strict=True):
+            operands[i] = column
+        return compat.bind(op.eqn, operands)[0]
+
+    if all(form.diagonal for form in own):
+        return _Form(apply([form.matrix for form in own]), True)
+    shape = op.eqn.outvars[0].aval.shape
+    dense = [form.dense() for form in own]
+    dense = [jnp.broadcast_to(m, (*shape[:-1], *m.shape[-2:])) for m in dense]
+    return _Form(jax.vmap(apply, in_axes=-1, out_axes=-1)(dense), False)
 
 
-def _times_weights(form: tuple[str, Array], weights: Array, axis: int) -> Array:
-    kind, current = form
-    matrix = weights if axis == 1 else weights.T  # (n_out, n)
-    if kind == "diagonal":
-        return matrix * current[..., None, :]
-    return jnp.matmul(matrix, current, precision=jax.lax.Precision.HIGHEST)
-
-
-def _scaled(op: Op, values: list[Any], position: int, form: tuple[str, Array]) -> Array:
-    """An elementwise operation on the diagonal, or on every column of the matrix so far."""
-
-    def apply(column: Array) -> Array:
-        return compat.bind(op.eqn, [*values[:position], column, *values[position + 1 :]])[0]
-
-    kind, current = form
-    if kind == "diagonal":
-        return apply(current)
-    shape = op.eqn.invars[position].aval.shape
-    current = jnp.broadcast_to(current, (*shape[:-1], *current.shape[-2:]))
-    return jax.vmap(apply, in_axes=-1, out_axes=-1)(current)
+def _times_weights(form: _Form, weights: Array) -> _Form:
+    """`weights`, (n_out, n), times what there is."""
+    if form.diagonal:
+        return _Form(weights * form.matrix[..., None, :], False)
+    return _Form(jnp.matmul(weights, form.matrix, precision=jax.lax.Precision.HIGHEST), False)
 
 
 def primitives_in(program: Program) -> set[str]:
