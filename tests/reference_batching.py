@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from jaxgrad.graph import batching, factorization
 from jaxgrad.graph.batch_layout import candidates
@@ -27,8 +28,8 @@ def of_shape(*shape, seed=0):
 
 def jacobian(f, xs):
     """d f / d xs as one matrix; all leaves of x and of f(x) in a row."""
-    flat, unravel = jax.flatten_util.ravel_pytree(xs)
-    rows = jax.jit(jax.jacrev(lambda v: jax.flatten_util.ravel_pytree(f(unravel(v)))[0]))(flat)
+    flat, unravel = ravel_pytree(xs)
+    rows = jax.jit(jax.jacrev(lambda v: ravel_pytree(f(unravel(v)))[0]))(flat)
     return np.asarray(rows)
 
 

@@ -102,15 +102,15 @@ class Walk:
             return [broken[0]] * len(op.outputs)
         if coupled and not any(smooth):
             return [coupled[0][0]] * len(op.outputs)
-        held = [None if isinstance(s, Coupled) else s for s in specs]
+        held: list[Spec] = [None if isinstance(s, Coupled) else s for s in specs]
         only_smooth = [s if k else None for s, k in zip(specs, smooth, strict=True)]
         try:
             found = self._apply(op, held)
         except Unfollowable:
             if not any(smooth) or only_smooth == held:
                 raise
-            found = None
-        if any(smooth) and (found is None or any(isinstance(s, Coupled) for s in found)):
+            found = [Coupled("no rule tells")]
+        if any(smooth) and any(isinstance(s, Coupled) for s in found):
             fixed = Coupled("it depends on other examples, but not smoothly", smooth=False)
             retried = self._apply(op, only_smooth)
             found = [
