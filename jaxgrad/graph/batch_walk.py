@@ -109,7 +109,8 @@ class Walk:
         except Unfollowable:
             if not any(smooth) or only_smooth == held:
                 raise
-            found = [Coupled("no rule tells")]
+            unknown: list[Spec] = [Coupled("no rule tells")]
+            found = unknown
         if any(smooth) and any(isinstance(s, Coupled) for s in found):
             fixed = Coupled("it depends on other examples, but not smoothly", smooth=False)
             retried = self._apply(op, only_smooth)
