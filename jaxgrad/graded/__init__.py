@@ -1,6 +1,7 @@
 """Products of matrices in logarithmic scale: every singular value, at any depth."""
 
 from jaxgrad.graded.fold import graded_product, graded_products, multiplied_by_stack
+from jaxgrad.graded.multiprecision import log_singular_values_mp
 from jaxgrad.graded.product import Certificate, Evidence, Graded, Spectrum
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "Spectrum",
     "graded_product",
     "graded_products",
+    "log_singular_values_mp",
     "multiplied_by_stack",
 ]

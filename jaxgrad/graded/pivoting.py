@@ -114,7 +114,7 @@ def _pivoted_qr(values, mantissa, exponent, rows, noise, repair):
 @_pivoted_qr.def_vmap
 def _pivoted_qr_of_batch(axis_size, in_batched, *arguments):
     arguments = [
-        argument if batched else jnp.broadcast_to(argument, (axis_size, *argument.shape))
+        argument if batched else jnp.broadcast_to(argument, (axis_size, *jnp.shape(argument)))
         for argument, batched in zip(arguments, in_batched, strict=True)
     ]
     results = _pivoted_qr(*arguments)
