@@ -3,6 +3,7 @@
 import functools
 import inspect
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,14 +33,19 @@ def name_constants(
     labels = parameter_labels(fun, len(args))
     sources = list(_closed_over(fun, _DEPTH, set()))
     sources += [(n, a) for i, (n, a) in enumerate(zip(labels, args, strict=True)) if i != argnum]
-    sources = [(label, value) for label, value in sources if _arrays(value)]
-    trees = [value for _, value in sources if len(jax.tree.leaves(value)) > 1]
+    named = [
+        (label, name, leaf)
+        for label, source in sources
+        for name, leaf in zip(leaf_labels(source, label), jax.tree.leaves(source), strict=True)
+        if tree.is_inexact_array(leaf)
+    ]
+    owners: dict[str, set[int]] = defaultdict(set)
+    for _, name, leaf in named:
+        owners[name].add(_identity(leaf))
     found: dict[int, str] = {}
-    for label, value in sources:
-        names = leaf_labels(value, label)
-        for name, leaf in zip(names, jax.tree.leaves(value), strict=True):
-            several = len(trees) > 1 and name != label and not name.startswith("[") and label
-            _ = found.setdefault(_identity(leaf), f"{label}/{name}" if several else name)
+    for label, name, leaf in named:
+        ambiguous = len(owners[name]) > 1 and label and name != label
+        _ = found.setdefault(_identity(leaf), f"{label}/{name}" if ambiguous else name)
     return {
         value: found[_identity(array)]
         for value, array in constants.items()
@@ -54,10 +60,6 @@ def _identity(array: Any) -> int:
     if isinstance(array, np.ndarray) or hasattr(array, "__array__"):
         return -np.asarray(array).__array_interface__["data"][0]
     return id(array)
-
-
-def _arrays(value: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(value) if tree.is_inexact_array(leaf)]
 
 
 def _closed_over(fun: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
