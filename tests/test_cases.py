@@ -25,6 +25,11 @@ FAST = _fast_compilation()
 everything = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
+def marked(cases, fast):
+    """The cases as parameters; those that are not `fast` are left to the long run of the tests."""
+    return [pytest.param(c, id=c.name, marks=() if fast(c) else pytest.mark.slow) for c in cases]
+
+
 def compiled(f, *args):
     """f compiled for args."""
 
@@ -103,7 +108,9 @@ def test_an_example_alone_gives_what_it_gives_in_a_batch_unless_the_batch_is_cou
         )
 
 
-@pytest.mark.parametrize("case", select(without="integer-input"), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", marked(select(without="integer-input"), lambda c: c.framework == "jax")
+)
 def test_forward_mode_reverse_mode_and_differences_agree_in_float64(case, x64):
     f, x = case.build(jnp.float64)
     args = arguments(case, x)
@@ -146,13 +153,7 @@ def test_forward_mode_reverse_mode_and_differences_agree_in_float64(case, x64):
 
 # where x is of integers no other test differentiates; elsewhere this one repeats, with respect to
 # the parameters, what the test before it does with respect to x
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, id=c.name, marks=() if "integer-input" in c.flags else pytest.mark.slow)
-        for c in CASES
-    ],
-)
+@pytest.mark.parametrize("case", marked(CASES, lambda c: "integer-input" in c.flags))
 def test_a_loss_has_a_finite_gradient_for_every_float_parameter_and_some_are_not_zero(case):
     built = case.build_loss()
     assert (built is None) == ("no-loss" in case.flags)
