@@ -144,13 +144,24 @@ def test_signed_permutations_times_powers_of_two_are_bit_exact_at_depth_five_tho
     assert log_abs_det == np.float32(N * float(powers.sum()) * np.log(2))
 
 
-def test_orthogonal_layers_times_one_half_keep_their_pair_to_four_eps_root_depth():
+@pytest.mark.parametrize("gain", [0.5, 0.9])
+def test_scaled_orthogonal_layers_keep_their_pair_to_four_eps_root_depth(gain):
+    """A gain that is no power of two too: sums of logarithms in float32 would lose it."""
     rng = np.random.default_rng(2)
     depth = 2000
-    stack = 0.5 * np.linalg.qr(rng.standard_normal((depth, N, N)))[0]
-    result = spectrum(jnp.asarray(stack, jnp.float32))
-    values = np.asarray(result.mantissa, float) * 2.0 ** (np.asarray(result.exponent) + depth)
-    assert np.max(np.abs(values - 1)) <= 4 * np.finfo(np.float32).eps * np.sqrt(depth)
+    stack = (gain * np.linalg.qr(rng.standard_normal((depth, N, N)))[0]).astype(np.float32)
+    result = spectrum(jnp.asarray(stack))
+    logs = np.log(np.asarray(result.mantissa, float)) + np.asarray(result.exponent) * np.log(2)
+    expected = np.sum(np.linalg.slogdet(stack.astype(float))[1]) / N
+    assert np.max(np.abs(logs - expected)) <= 4 * np.finfo(np.float32).eps * np.sqrt(depth)
+
+
+def test_a_dependent_column_that_comes_first_does_not_hide_an_independent_one():
+    """Sorting by norm takes the columns 0, 1, 2, and 1 depends on 0: the order must be mended."""
+    matrix = np.array([[1, 0.95, 0.5], [0, 0, 0.5], [0, 0, 0]])
+    product = jax.jit(Graded.from_dense)(jnp.asarray(matrix, jnp.float32))
+    assert product.rank == 2
+    np.testing.assert_allclose(product.to_dense(), matrix, rtol=0, atol=1e-6)
 
 
 HADAMARD = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
