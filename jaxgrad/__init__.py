@@ -1,4 +1,19 @@
-"""jaxgrad: where does the gradient of a JAX function go?"""
+"""jaxgrad: where does the gradient of a JAX function go?
+
+>>> import jax, jax.numpy as jnp
+>>> import jaxgrad as jg
+>>> def f(x):
+...     return jnp.tanh(jnp.tanh(x @ w1) @ w2)
+>>> w1, w2 = jnp.eye(3), 2 * jnp.eye(3)
+>>> chain = jg.factorize(f, jnp.zeros(3))
+>>> chain.names
+('w1', 'w2')
+>>> print(jg.jacobian_product(chain, jnp.zeros(3)).to_dense().diagonal())
+[2. 2. 2.]
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from jaxgrad.chain import Chain as Chain
 from jaxgrad.chain import Layer as Layer
@@ -10,3 +25,23 @@ from jaxgrad.jacobian import jacobian_product as jacobian_product
 from jaxgrad.jacobian import jacobian_products as jacobian_products
 from jaxgrad.jacobian import layer_jacobians as layer_jacobians
 from jaxgrad.taps import tap as tap
+
+if TYPE_CHECKING:
+    from jaxgrad import checks as checks
+    from jaxgrad import data as data
+    from jaxgrad import optim as optim
+    from jaxgrad import store as store
+    from jaxgrad import tree as tree
+
+# Imported when first used: optax and its friends cost a third of the start.
+_ROOMS = ("checks", "data", "optim", "store", "theory", "tree")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"jaxgrad.{name}")
+    raise AttributeError(f"module 'jaxgrad' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 from jaxgrad.graph import factorization, given
 from jaxgrad.graph.factorization import Graph, Link
 from jaxgrad.graph.program import Program
+from jaxgrad.tree import leaf_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +89,12 @@ class Chain:
             ValueError: if the leading axes differ or there is none.
         """
         leaves = jax.tree.leaves(stacked_params)
-        lengths = {jnp.shape(leaf)[:1] for leaf in leaves}
+        shapes = dict(zip(leaf_names(stacked_params), map(jnp.shape, leaves), strict=True))
+        lengths = {shape[:1] for shape in shapes.values()}
         if len(lengths) != 1 or () in lengths:
             raise ValueError(
                 "Chain.scanned: expected stacked_params to be arrays with one leading axis of one "
-                f"length, got shapes {[jnp.shape(leaf) for leaf in leaves]}"
+                f"length, got {shapes or 'an empty tree'}; stack one entry a layer with jnp.stack"
             )
 
         def layer(k: int) -> Callable[[PyTree], PyTree]:

@@ -11,6 +11,7 @@ compiling. What is known beforehand about a model (its least number of layers, n
 the `Case`; see `zoo_base.py`.
 """
 
+import pytest
 import zoo_equinox
 import zoo_haiku
 import zoo_jax
@@ -24,7 +25,16 @@ import zoo_nnx
 from zoo_base import FLAGS, Case
 from zoo_errors import ERROR_CASES, ErrorCase
 
-__all__ = ["BY_NAME", "CASES", "ERROR_CASES", "FLAGS", "Case", "ErrorCase", "select"]
+__all__ = [
+    "BY_NAME",
+    "CASES",
+    "ERROR_CASES",
+    "FLAGS",
+    "Case",
+    "ErrorCase",
+    "one_of_a_kind_first",
+    "select",
+]
 
 CASES: tuple[Case, ...] = (
     *zoo_jax.CASES,
@@ -57,3 +67,14 @@ def select(
         and set(having.split()) <= c.flags
         and not set(without.split()) & c.flags
     )
+
+
+def one_of_a_kind_first(cases):
+    """All cases; the fast run has the first of each framework and kind, the long one all."""
+    seen, marked = set(), []
+    for case in cases:
+        kind = (case.framework, case.kind)
+        marks = [pytest.mark.slow] if kind in seen else []
+        marked.append(pytest.param(case, id=case.name, marks=marks))
+        seen.add(kind)
+    return marked

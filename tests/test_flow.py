@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES
+from cases import CASES, one_of_a_kind_first
 from reference import HAS_LOGS, hidden_state_gradients, hidden_states, logged_gradients, statistics
 
 import jaxgrad as jg
@@ -39,7 +39,7 @@ def max_difference(a, b):
     return max((float(jnp.max(jnp.abs(x - y), initial=0)) for x, y in pairs), default=0.0)
 
 
-@pytest.mark.parametrize("case", LOSSES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", one_of_a_kind_first(LOSSES))
 def test_value_and_gradients_are_those_of_jax(case):
     built = case.build_loss()
     if built is None:

@@ -142,9 +142,11 @@ def _last_uses(ops: list[Op], smooth: set[Value], outputs: Iterable[Value]) -> d
     """Position of the last operation that passes a gradient on to each value."""
     last = dict.fromkeys(outputs, len(ops))
     for i in range(len(ops) - 1, -1, -1):
-        if any(v in smooth for v in ops[i].outputs):
+        passes = ops[i].name != "stop_gradient" and any(v in last for v in ops[i].outputs)
+        if passes and any(v in smooth for v in ops[i].outputs):
             for v in value_inputs(ops[i]):
-                _ = last.setdefault(v, i)
+                if v in smooth:
+                    _ = last.setdefault(v, i)
     return last
 
 

@@ -129,6 +129,21 @@ def check_state(h: Any, program: Program, tree: Any, name: str) -> State:
     return tuple(jnp.asarray(leaf, a.dtype) for leaf, a in zip(leaves, expected, strict=True))
 
 
+def _check_input(leaves: list[Any], what: str) -> None:
+    if not leaves:
+        raise ValueError(
+            f"factorize: {what} holds no array (it is None or an empty tree); pass the array, or "
+            "choose another argument with argnum="
+        )
+    for leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"factorize: {what} is complex ({leaf.dtype}{list(leaf.shape)}), and a chain is of "
+                "real states. Pass real and imaginary parts as two real arrays and join them with "
+                "jax.lax.complex inside the function."
+            )
+
+
 def _one_or_all(shapes: list[tuple[int, ...]]) -> Any:
     return shapes[0] if len(shapes) == 1 else shapes
 
@@ -146,6 +161,7 @@ def factorize(
     leaves, in_tree = jax.tree.flatten(args[argnum])
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     what = f"argument {parameter_labels(fun, len(args))[argnum]!r}"
+    _check_input(leaves, what)
 
     def of_input(*values: Any) -> Any:
         full = list(args)

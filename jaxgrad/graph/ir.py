@@ -55,7 +55,6 @@ class Op:
     num_carry: int = 0
     length: int = 0
     iteration: tuple[tuple[int, int], ...] = ()
-    boundary: tuple[
         Ref, ...
     ] = ()  # on the last operation of a scan's iteration: what it carries on
 
