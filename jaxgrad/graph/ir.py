@@ -55,8 +55,6 @@ class Op:
     num_carry: int = 0
     length: int = 0
     iteration: tuple[tuple[int, int], ...] = ()
-        Ref, ...
-    ] = ()  # on the last operation of a scan's iteration: what it carries on
 
 
 @dataclass(frozen=True, eq=False)
