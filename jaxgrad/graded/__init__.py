@@ -2,7 +2,8 @@
 
 from jaxgrad.graded.fold import graded_product, graded_products, multiplied_by_stack
 from jaxgrad.graded.multiprecision import log_singular_values_mp
-from jaxgrad.graded.product import Certificate, Evidence, Graded, Spectrum
+from jaxgrad.graded.product import Graded
+from jaxgrad.graded.spectrum import Certificate, Evidence, Spectrum
 
 __all__ = [
     "Certificate",

@@ -1,12 +1,12 @@
 """The same singular values with as many digits as they need, where no float can know them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 
-def log_singular_values_mp(matrices: Sequence, *, digits: int | None = None) -> np.ndarray:
+def log_singular_values_mp(matrices: Iterable, *, digits: int | None = None) -> np.ndarray:
     """Natural log singular values of `matrices[-1] @ ... @ matrices[0]`, by mpmath.
 
     For products whose certificate does not vouch for them: modes that overtook each other, a chain

@@ -7,7 +7,6 @@ et al. 1992; Z. Bai et al., "Stable solutions of linear systems involving long c
 multiplications", 2011), here for rectangular and singular factors, and with a certificate.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import jax
@@ -16,61 +15,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrad.graded import scale
-from jaxgrad.graded.jacobi import one_sided_jacobi
-from jaxgrad.graded.pivoting import Columns, GradedQR, graded_qr, row_scales
-
-# The accuracy that the certificate vouches for, in nats.
-_TOLERANCE = {"float32": 1e-3, "float64": 1e-10}
-# Alternating QR steps before Jacobi; each one moves the factor closer to the diagonal.
-_QR_PASSES = 4
-# Errors in units of the estimated standard deviation: over ill-conditioned chains of both dtypes
-# the largest ratio seen was 9, in a mode that shares the error of a weaker one.
-_ERRORS_AT_MOST = 10.0
-_LN2 = 0.6931471805599453
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Evidence:
-    """What the certificate is made of, for the r modes of a product. Logarithms are to base 2."""
-
-    peak: Float[Array, "*batch r r"]  # how far mode i has ever led mode j
-    overtaken: Float[Array, "*batch r"]  # the largest lead lost again, over all partners of a mode
-    variance: Float[Array, "*batch r"]  # squared relative rounding errors, summed over the layers
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Certificate:
-    """How far the singular values of a product can be trusted.
-
-    Attributes:
-        error: Estimated absolute error of every natural log singular value, in their order.
-        overtaken: The largest lead, in nats, that one mode had over another and lost again. When it
-            exceeds `limit`, rounding one factor changes the answer: no algorithm in this precision
-            can know it. Use `log_singular_values_mp` then.
-        limit: ln(1/eps) of the dtype.
-        trusted: Where `error` is at most the tolerance: 1e-3 in float32, 1e-10 in float64.
-    """
-
-    error: Float[Array, "*batch count"]
-    overtaken: Float[Array, "*batch"]
-    limit: Float[Array, ""]
-    trusted: Bool[Array, "*batch count"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular values as pairs, `mantissa * 2**exponent`, descending, and their certificate."""
-
-    mantissa: Float[Array, "*batch count"]
-    exponent: Int[Array, "*batch count"]
-    certificate: Certificate
-
-    def log(self) -> Float[Array, "*batch count"]:
-        """Natural logarithms; -inf for zero."""
-        return scale.log_of(self.mantissa, self.exponent)
+from jaxgrad.graded.pivoting import Columns, graded_qr, row_scales
+from jaxgrad.graded.spectrum import (
+    TOLERANCE,
+    Certificate,
+    Evidence,
+    Spectrum,
+    after,
+    spectrum_of,
+    transposed,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +88,7 @@ class Graded:
     @property
     def T(self) -> "Graded":
         """The transposed product."""
-        return replace(self, left=_transposed(self.right), right=_transposed(self.left))
+        return replace(self, left=transposed(self.right), right=transposed(self.left))
 
     def left_multiply(self, matrix: Float[ArrayLike, "..."]) -> "Graded":
         """`matrix @ self`: one more layer at the output end.
@@ -150,7 +104,7 @@ class Graded:
         Args:
             matrix: (n_in, n) or (batch..., n_in, n).
         """
-        return self.T.left_multiply(_transposed(jnp.asarray(matrix))).T
+        return self.T.left_multiply(transposed(jnp.asarray(matrix))).T
 
     def __matmul__(self, other: "Graded") -> "Graded":
         """The product of two graded products.
@@ -189,19 +143,19 @@ class Graded:
 
     def spectrum(self) -> Spectrum:
         """All min(n_out, n_in) singular values as pairs, descending, with their certificate."""
-        return _spectrum(self)
+        return spectrum_of(self)
 
     def log_singular_values(self) -> Float[Array, "*batch count"]:
         """Natural logarithms of all min(n_out, n_in) singular values, descending.
 
         -inf beyond the rank. `spectrum()` has the same as pairs, and the certificate with it.
         """
-        return _spectrum(self).log()
+        return spectrum_of(self).log()
 
     @property
     def certificate(self) -> Certificate:
         """How far each singular value can be trusted; computes the spectrum."""
-        return _spectrum(self).certificate
+        return spectrum_of(self).certificate
 
     @property
     def rank(self) -> Int[Array, "*batch"]:
@@ -213,7 +167,7 @@ class Graded:
         """Natural logarithm of the absolute determinant of a square product; 0 for size zero."""
         if self.shape[-1] != self.shape[-2]:
             raise ValueError(f"log_abs_det needs a square product, got the shape {self.shape}.")
-        spectrum = _spectrum(self)
+        spectrum = spectrum_of(self)
         if spectrum.mantissa.shape[-1] == 0:
             return jnp.zeros(self.shape[:-2], self.dtype)
         # Exponents add as integers; the mantissas, in [1/2, 1), cannot cancel.
@@ -293,36 +247,13 @@ class Pending:
         nan = jnp.isnan(self.columns.mantissa)
         columns = self.columns._replace(mantissa=jnp.where(nan, 0.5, self.columns.mantissa))
         qr = graded_qr(columns, repair)
-        mantissa, exponent, evidence = _after(qr, nan, self.evidence)
+        mantissa, exponent, evidence = after(qr, nan, self.evidence)
         right = jnp.take_along_axis(self.right, qr.order[..., None], axis=-2)
         right = jnp.matmul(qr.unit, right, precision="highest")
         lost = qr.wrong | jnp.any(qr.died, axis=-1)
         loss = jnp.where(lost, jnp.inf, jnp.max(qr.error, axis=-1, initial=0))
         loss = jnp.where(jnp.any(nan, axis=-1), 0, loss)  # nothing is left to lose
         return Graded(qr.left, mantissa, exponent, right, evidence), loss
-
-
-def _updated(evidence: Evidence, qr: GradedQR) -> Evidence:
-    count = qr.mantissa.shape[-1]
-    order = qr.order[..., :count]
-    peak = jnp.take_along_axis(evidence.peak, order[..., None], axis=-2)
-    peak = jnp.take_along_axis(peak, order[..., None, :], axis=-1)
-    overtaken = jnp.take_along_axis(evidence.overtaken, order, axis=-1)
-    variance = jnp.take_along_axis(evidence.variance, order, axis=-1)
-    present = qr.mantissa != 0
-    level = scale.log2_of(jnp.where(present, qr.mantissa, 1), qr.exponent)
-    lead = level[..., None] - level[..., None, :]
-    pairs = present[..., None] & present[..., None, :]
-    # An error that the leading mode i leaves in mode j matters as much as the lead that is gone,
-    # and no more than the lead that there was: diag(d) with one entry beside it has the singular
-    # values d up to (entry / max(d))**2.
-    lost = jnp.where(pairs, peak - jnp.maximum(lead, 0), 0)
-    lost = jnp.maximum(jnp.max(lost, axis=-1, initial=0), jnp.max(lost, axis=-2, initial=0))
-    return Evidence(
-        jnp.where(pairs, jnp.maximum(peak, lead), 0),
-        jnp.maximum(overtaken, lost),
-        variance + qr.error**2,
-    )
 
 
 def _left_multiplied_by_scales(product: Graded, mantissa, exponent) -> Graded:
@@ -344,96 +275,11 @@ def _left_multiplied_by_scales(product: Graded, mantissa, exponent) -> Graded:
     return replace(product, exponent=product.exponent + top[..., None])
 
 
-def _spectrum(product: Graded) -> Spectrum:
-    count = min(product.shape[-2:])
-    state = product.mantissa, product.exponent, product.evidence
-    # left diag(d) right: first the left factor becomes orthonormal, then the right one; what is
-    # left is triangular, and every further QR of its transpose moves it closer to the diagonal.
-    qr, state = _settled(product.left, *state)
-    factor = jnp.take_along_axis(product.right, qr.order[..., None], axis=-2)
-    factor = jnp.matmul(qr.unit, factor, precision="highest")
-    qr, state = _settled(_transposed(factor), *state)
-
-    def again(_, carry):
-        unit, *state = carry
-        qr, state = _settled(_transposed(unit), *state)
-        return qr.unit, *state
-
-    if qr.unit.shape[-2] < qr.unit.shape[-1]:  # fewer inputs than modes: one more makes it square
-        qr, state = _settled(_transposed(qr.unit), *state)
-    factor, *state = jax.lax.fori_loop(0, _QR_PASSES, again, (qr.unit, *state))
-    mantissa, exponent, evidence = state
-    mantissa, exponent = _singular_values(factor, mantissa, exponent)
-    eps = jnp.finfo(mantissa.dtype).eps
-    # A lead of 2**lost that was lost again has magnified one rounding by as much.
-    error = jnp.sqrt(evidence.variance) + eps * jnp.exp2(jnp.minimum(evidence.overtaken, 100.0))
-    error = _ERRORS_AT_MOST * error
-    mantissa, exponent, error = _descending(mantissa, exponent, error, count)
-    overtaken = jnp.max(evidence.overtaken, axis=-1, initial=0) * _LN2
-    limit = -jnp.log(eps)
-    trusted = error <= _TOLERANCE[mantissa.dtype.name]
-    return Spectrum(mantissa, exponent, Certificate(error, overtaken, limit, trusted))
-
-
-def _singular_values(factor, mantissa, exponent) -> tuple:
-    """Of `factor^T diag(d)`: by a plain SVD where the range of d allows it, else by Jacobi."""
-    if 0 in factor.shape[-2:]:
-        return mantissa, exponent
-    name = mantissa.dtype.name
-    present = mantissa != 0
-    unbounded = 2**30
-    top = jnp.max(jnp.where(present, exponent, -unbounded), axis=-1)
-    bottom = jnp.min(jnp.where(present, exponent, unbounded), axis=-1)
-    # A plain SVD errs by eps times the largest singular value.
-    narrow = top - bottom < math.floor(math.log2(0.1 * _TOLERANCE[name] / jnp.finfo(name).eps))
-    narrow |= ~jnp.any(present, axis=-1)
-    poisoned = jnp.any(jnp.isnan(mantissa), axis=-1)
-    dense = (narrow & ~poisoned)[..., None]
-    sizes = jnp.where(dense, scale.shifted(mantissa, exponent - top[..., None]), 0)
-    values = jnp.linalg.svd(factor * sizes[..., None], compute_uv=False)
-    rank = jnp.sum(present, axis=-1, keepdims=True)
-    values = jnp.where(jnp.arange(values.shape[-1]) < rank, values, 0)
-    by_svd = scale.split(values, top[..., None])
-    by_jacobi = one_sided_jacobi(factor, jnp.where(dense, 0, mantissa), exponent)
-    return tuple(jnp.where(dense, a, b) for a, b in zip(by_svd, by_jacobi, strict=True))
-
-
-def _settled(values, mantissa, exponent, evidence) -> tuple[GradedQR, tuple]:
-    nan = jnp.isnan(mantissa)
-    noise = jnp.zeros_like(mantissa)
-    columns = Columns(values, jnp.where(nan, 0.5, mantissa), exponent, row_scales(values), noise)
-    qr = graded_qr(columns)
-    return qr, _after(qr, nan, evidence)
-
-
-def _after(qr: GradedQR, nan, evidence: Evidence) -> tuple:
-    """Mantissas, exponents and evidence of the modes, with NaN put back."""
-    mantissa = jnp.where(nan[..., : qr.mantissa.shape[-1]], jnp.nan, qr.mantissa)
-    return mantissa, qr.exponent, _updated(evidence, qr)
-
-
-def _descending(mantissa, exponent, error, count):
-    """Sorted exactly, by exponent and then mantissa, and padded with zeros to the full count."""
-    missing = [(0, 0)] * (mantissa.ndim - 1) + [(0, count - mantissa.shape[-1])]
-    mantissa, exponent = jnp.pad(mantissa, missing), jnp.pad(exponent, missing)
-    error = jnp.pad(error, missing)
-    nan = jnp.any(jnp.isnan(mantissa), axis=-1, keepdims=True)
-    lowest = jnp.iinfo(jnp.int32).max
-    key = jnp.where(mantissa == 0, lowest, -exponent)
-    key, negative, error = jax.lax.sort((key, -mantissa, error), dimension=-1, num_keys=2)
-    exponent = jnp.where(key == lowest, 0, -key)
-    return jnp.where(nan, jnp.nan, -negative), exponent, jnp.where(nan, jnp.inf, error)
-
-
 def _supported(dtype):
     dtype = jnp.dtype(dtype)
-    if dtype.name not in _TOLERANCE:
+    if dtype.name not in TOLERANCE:
         raise TypeError(f"a graded product is kept in float32 or float64, not in {dtype.name}.")
     return dtype
-
-
-def _transposed(matrix):
-    return jnp.swapaxes(matrix, -1, -2)
 
 
 def _fits(shape, batch) -> bool:
