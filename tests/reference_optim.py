@@ -40,7 +40,7 @@ def nesterov(p, grads, lr, momentum=0.9):
     return sgd(p, grads, lr, momentum, True)
 
 
-def adamw(p, grads, lr, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, weight_decay=1e-4, **options):  # noqa: PLR0917
+def adamw(p, grads, lr, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, weight_decay=1e-4, **options):
     m = np.zeros_like(p, dtype=np.float64)
     v = np.zeros_like(p, dtype=np.float64)
 
@@ -73,7 +73,7 @@ def lion(p, grads, lr, b1=0.9, b2=0.99, weight_decay=1e-3):
     return _steps(p, grads, lr, direction)
 
 
-def rmsprop(p, grads, lr, decay=0.9, eps=1e-8, eps_in_sqrt=True, centered=False, momentum=None):  # noqa: PLR0917
+def rmsprop(p, grads, lr, decay=0.9, eps=1e-8, eps_in_sqrt=True, centered=False, momentum=None):
     v = np.zeros_like(p, dtype=np.float64)
     m = np.zeros_like(p, dtype=np.float64)
     b = np.zeros_like(p, dtype=np.float64)
@@ -145,7 +145,7 @@ def muon(p, grads, lr, beta=0.95, eps=1e-8, steps=5):
     return _steps(p, grads, lr, direction)
 
 
-def schedule_free_adamw(p, grads, lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):  # noqa: PLR0917
+def schedule_free_adamw(p, grads, lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
     x = z = y = np.float64(p)
     v = np.zeros_like(y)
     largest = total = 0.0

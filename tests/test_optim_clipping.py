@@ -25,6 +25,7 @@ def apply(tx, grads, params=None):
 
 
 exact_clip = jax.jit(lambda g, m: apply(optim.clip_by_global_norm(m), g))
+norm_of = jax.jit(tree.global_norm)
 optax_clip = jax.jit(lambda g, m: apply(optax.clip_by_global_norm(m), g))
 
 
@@ -51,7 +52,7 @@ def test_scaling_gradient_and_threshold_by_a_power_of_two_scales_the_clip_exactl
 def test_the_clipped_norm_is_the_threshold_within_an_ulp_and_clipping_again_changes_ulps_only(seed):
     _, grads = sample(SHAPES["nested"], seed, 3, steps=1)
     once = exact_clip(grads, 1.0)
-    assert tree.global_norm(once) <= 1 + 4e-7
+    assert norm_of(once) <= 1 + 4e-7
     for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(exact_clip(once, 1.0)), strict=True):
         np.testing.assert_allclose(a, b, rtol=4e-7, atol=0)
 
@@ -127,23 +128,23 @@ def test_a_bfloat16_clip_to_one_leaves_one_where_optax_leaves_much_more():
 
 
 def test_the_slope_of_a_clip_at_zero_is_the_identity():
-    total = lambda tx: jax.grad(lambda g: jnp.sum(apply(tx, g)))(jnp.zeros(2))  # noqa: E731
+    def total(tx, *params):
+        return jax.jit(jax.grad(lambda g: jnp.sum(apply(tx, g, *params))))(jnp.zeros(2))
+
     assert np.isnan(total(optax.clip_by_global_norm(1.0))).all()
     assert np.array_equal(total(optim.clip_by_global_norm(1.0)), [1, 1])
-    p = jnp.ones(2)
-    slope = jax.grad(lambda g: jnp.sum(apply(optim.adaptive_clip(0.1), g, p)))(jnp.zeros(2))
-    assert np.array_equal(slope, [1, 1])
-    slope = jax.grad(lambda g: jnp.sum(apply(optim.clip_by_block_rms(1.0), g)))(jnp.zeros(2))
-    assert np.array_equal(slope, [1, 1])
+    assert np.array_equal(total(optim.adaptive_clip(0.1), jnp.ones(2)), [1, 1])
+    assert np.array_equal(total(optim.clip_by_block_rms(1.0)), [1, 1])
 
 
 def test_the_slope_of_an_active_clip_agrees_with_finite_differences(x64):
+    @jax.jit
     def loss(g):
         return jnp.sum(jnp.sin(apply(optim.clip_by_global_norm(1.0), g)))
 
     g, d = jnp.array([3.0, -2.0, 0.5]), jnp.array([0.3, 0.1, -0.7])
     wanted = (loss(g + 1e-6 * d) - loss(g - 1e-6 * d)) / 2e-6
-    np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(g), d), wanted, rtol=1e-8)
+    np.testing.assert_allclose(jnp.vdot(jax.jit(jax.grad(loss))(g), d), wanted, rtol=1e-8)
 
 
 def test_block_rms_clip_of_zeros_to_zero_is_zero_where_optax_gives_nan():
@@ -213,6 +214,6 @@ def test_a_clip_over_two_thousand_leaves_compiles_in_seconds():
     import time
 
     grads = [jnp.ones(16)] * 2000
-    start = time.perf_counter()
+    start = time.process_time()
     jax.jit(lambda g: apply(optim.clip_by_global_norm(1.0), g)).lower(grads).compile()
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 25

@@ -23,7 +23,7 @@ whole = NamedSharding(mesh, PartitionSpec())
 rng = np.random.default_rng(0)
 params = {"w": np.float32(rng.standard_normal((8, 6))), "b": np.float32(rng.standard_normal(5))}
 grads = jax.tree.map(lambda p: np.float32(rng.standard_normal(p.shape)) * 3e19, params)
-for name in ("adamw", "lion", "momentum", "muon", "adafactor"):
+for name in ("adamw", "muon", "adafactor"):
     clip = optim.clip_by_global_norm(1.0)
     tx = optim.accumulate(optim.chain(clip, getattr(optim, name)(0.1)), 2)
     step = jax.jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=1)

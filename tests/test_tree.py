@@ -177,9 +177,9 @@ def test_the_norm_works_under_vmap():
 
 def test_a_norm_over_two_thousand_leaves_compiles_in_seconds():
     leaves = [jnp.ones(16)] * 2000
-    start = time.perf_counter()
+    start = time.process_time()  # neighbors do not count
     compiled = jax.jit(tree.global_norm).lower(leaves).compile()
-    assert time.perf_counter() - start < 10  # measured 1.8 s alone; optax.tree.norm takes 18 s
+    assert time.process_time() - start < 12  # measured 1.8 s alone; optax.tree.norm takes 18 s
     np.testing.assert_allclose(compiled(leaves), np.sqrt(32000), rtol=1e-6)
 
 

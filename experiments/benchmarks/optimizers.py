@@ -51,6 +51,7 @@ class Stepper:
         self.first_call_seconds = time.perf_counter() - start
 
     def __call__(self, times: int = 1) -> None:
+        """Runs some steps and waits for them."""
         for _ in range(times):
             self.params, self.state = self.step(self.params, self.state, self.grads)
         jax.block_until_ready(self.params)
@@ -153,7 +154,7 @@ def small_group(options: harness.Options) -> dict:
 
 
 def compile_seconds() -> float:
-    """Clip and AdamW over 2,000 leaves: the time to compile them, packed as the rule is meant."""
+    """The time to compile the norm that a clip takes, over 2,000 leaves."""
     params = arrays([(64,)] * 2000, 0)
     start = time.perf_counter()
     _ = jax.jit(lambda g: tree.global_norm(g)).lower(params).compile()  # noqa: PLW0108

@@ -207,7 +207,7 @@ def judge_transformation(
     """
     k = len(grads)
     name = _weight_name(tx)
-    update = jax.jit(tx.update)
+    update = jax.jit(tx.update)  # compiled once; the symmetric test runs it many times
 
     def run(micro: Sequence[PyTree]) -> tuple[list[float], PyTree]:
         state, sizes, total = tx.init(params), [], None
@@ -226,7 +226,8 @@ def judge_transformation(
     inner = without_accumulation(tx, params)
     if inner is None:
         return _judge_by_symmetry(run, grads, weights, got)
-    wanted = {n: inner.update(g, inner.init(params), params)[0] for n, g in candidates.items()}
+    once = jax.jit(lambda g: inner.update(g, inner.init(params), params)[0])
+    wanted = {n: once(g) for n, g in candidates.items()}
     moves = max((_size(x) for x in inexact_leaves(wanted["none"])), default=0.0)
     if sizes[-1] == 0 and moves > 0:
         return Accumulation("late", f"no update came out after {k} micro-batches", 1.0)
@@ -241,12 +242,11 @@ def _judge_states(tx: Any, inner: Any, inputs: tuple, name: str | None) -> Accum
     """Adam's first update is the same for a mean and a sum; its moments are not."""
     params, grads, weights = inputs
     state = tx.init(params)
+    update = jax.jit(tx.update)
     for g, w in zip(grads, weights, strict=True):
-        _, state = tx.update(g, state, params, **({name: jnp.float32(w)} if name else {}))
-    found = {}
-    for n, g in hypotheses(grads, weights).items():
-        _, wanted = inner.update(g, inner.init(params), params)
-        found[n] = _state_distance(state, wanted)
+        _, state = update(g, state, params, **({name: jnp.float32(w)} if name else {}))
+    once = jax.jit(lambda g: inner.update(g, inner.init(params), params)[1])
+    found = {n: _state_distance(state, once(g)) for n, g in hypotheses(grads, weights).items()}
     return explain(found, len(grads))
 
 

@@ -133,16 +133,17 @@ def accumulate(
                 return a + (g - a) / (state.mini_step + 1)
             return a + (g.astype(a.dtype) - a) * share.astype(jnp.finfo(a.dtype).dtype)
 
-        acc = map_inexact(add, updates, state.acc_grads, keep=1)
-
+        # The sum is formed inside the branches: there it is fused with the rule, or done in place.
         def real_step() -> tuple[PyTree, Any, PyTree]:
-            fed = map_inexact(lambda g, a: a.astype(g.dtype), updates, acc)
+            fed = map_inexact(lambda g, a: add(g, a).astype(g.dtype), updates, state.acc_grads)
             out, new = inner.update(fed, state.inner_opt_state, params, **extra)
-            return out, _like(new, state.inner_opt_state), jax.tree.map(jnp.zeros_like, acc)
+            fresh = jax.tree.map(jnp.zeros_like, state.acc_grads)
+            return out, _like(new, state.inner_opt_state), fresh
 
         def only_add() -> tuple[PyTree, Any, PyTree]:
             shapes = jax.eval_shape(lambda: real_step()[0])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            acc = map_inexact(add, updates, state.acc_grads, keep=1)
             return zeros, state.inner_opt_state, _like(acc, state.acc_grads)
 
         emit = state.mini_step + 1 >= k_of(state.gradient_step)

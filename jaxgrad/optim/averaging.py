@@ -23,6 +23,7 @@ from jaxgrad.optim.base import (
     rule,
     second_moment_dtype,
     square,
+    zero_count,
     zeros_like,
 )
 from jaxgrad.optim.schedules import warmup_constant
@@ -36,6 +37,7 @@ class ScheduleFreeState(NamedTuple):
         b1: the interpolation, so that `schedule_free_eval_params` needs the state only.
         weight_sum: sum of the weights of the average.
         step_count: number of updates done, plus one.
+        count: number of updates done.
         max_lr: largest learning rate so far.
         nu: moving average of squared gradients.
         z: the fast iterate.
@@ -44,6 +46,7 @@ class ScheduleFreeState(NamedTuple):
     b1: Any
     weight_sum: Any
     step_count: Any
+    count: Any
     max_lr: Any
     nu: Any
     z: Any
@@ -96,6 +99,7 @@ def schedule_free_adamw(  # noqa: PLR0913, PLR0917 (optax's signature)
     if warmup_steps is not None:
         rate = warmup_constant(0, learning_rate, warmup_steps)
     decay = DecayPlan(weight_decay, None)
+    falling = (lambda count: -1 * rate(count)) if callable(rate) else -1 * rate
 
     def init(params: PyTree) -> ScheduleFreeState:
         dtype = _scalar_dtype(arith, params)
@@ -106,27 +110,27 @@ def schedule_free_adamw(  # noqa: PLR0913, PLR0917 (optax's signature)
         nu = zeros_like(params, second_moment_dtype(arith, nu_dtype))
         weight_sum, max_lr = jnp.zeros([], dtype), jnp.zeros([], dtype)
         one = jnp.ones([], jnp.int32)
-        return ScheduleFreeState(jnp.array(b1, dtype), weight_sum, one, max_lr, nu, z)
+        return ScheduleFreeState(jnp.array(b1, dtype), weight_sum, one, zero_count(), max_lr, nu, z)
 
     def fast_step(grads: PyTree, state: ScheduleFreeState, params: PyTree) -> tuple[PyTree, PyTree]:
         """RMSprop with bias correction and decoupled decay, without momentum."""
         g = map_inexact(arith.widen, grads)
         nu = average(arith, map_inexact(square, g), state.nu, b2)
-        correction = arith.correction(b2, state.step_count)
+        correction = arith.correction(b2, increment(state.count))
 
         def direction(g: Any, v: Any) -> Any:
             root = arith.root(v / correction.astype(v.dtype)) + eps
             return arith.ratio(g, root) if arith.exact else 1 / root * g
 
-        directions = decay(arith, map_inexact(direction, g, nu), params, state.step_count - 1)
-        return descend(directions, rate, state.step_count - 1), cast_like(nu, state.nu)
+        directions = decay(arith, map_inexact(direction, g, nu), params, state.count)
+        return descend(directions, falling, state.count, sign=1), cast_like(nu, state.nu)
 
     def update(grads: PyTree, state: ScheduleFreeState, params: PyTree) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError("schedule_free_adamw: call update(grads, state, params)")
+        max_lr, weight_sum, share = _weights(arith, state, rate, weight_lr_power)
         step, nu = fast_step(grads, state, params)
         z = map_inexact(lambda u, z: _add(arith, z, u), step, state.z, keep=1)
-        max_lr, weight_sum, share = _weights(arith, state, rate, weight_lr_power)
 
         def move(g: Any, y: Any, z_old: Any, z_new: Any) -> Any:
             del g
@@ -136,8 +140,8 @@ def schedule_free_adamw(  # noqa: PLR0913, PLR0917 (optax's signature)
             return b1 * x + (1.0 - b1) * z_new - y
 
         updates = narrow(arith, map_inexact(move, grads, params, state.z, z), grads)
-        count = increment(state.step_count)
-        return updates, ScheduleFreeState(state.b1, weight_sum, count, max_lr, nu, z)
+        counts = increment(state.step_count), increment(state.count)
+        return updates, ScheduleFreeState(state.b1, weight_sum, *counts, max_lr, nu, z)
 
     return rule(init, update)
 
@@ -157,7 +161,7 @@ def _add(arith: Arithmetic, z: Any, u: Any) -> Any:
 def _weights(arith: Arithmetic, state: ScheduleFreeState, rate: Any, power: Any) -> tuple:
     """The largest learning rate, the sum of weights, and the new iterate's share of the average."""
     dtype = state.max_lr.dtype
-    lr = at(rate, state.step_count - 1 if arith.exact else state.step_count)
+    lr = at(rate, state.count if arith.exact else state.step_count)
     lr = jnp.asarray(lr, dtype=dtype) if callable(rate) else lr
     max_lr = jnp.maximum(state.max_lr, lr).astype(dtype)
     weight = max_lr**power

@@ -94,7 +94,11 @@ def _parameter_rms(arith: Arithmetic, p: Any) -> Any:
     """The root mean square of a parameter, at least 1e-3."""
     if p.size == 0:
         return jnp.zeros((), real_dtype(p.dtype))
-    return jnp.maximum(arith.root(jnp.mean(square(arith.widen(p)))), 1e-3)
+    if arith.exact:
+        return jnp.maximum(arith.root(jnp.mean(square(arith.widen(p)))), 1e-3)
+    small = jnp.sqrt(jnp.mean(square(p))) <= 1e-3
+    filled = jnp.where(small, jnp.ones_like(p), p)
+    return jnp.where(small, 1e-3, jnp.sqrt(jnp.mean(square(filled))))
 
 
 def adafactor(  # noqa: PLR0913, PLR0917 (optax's signature)

@@ -78,6 +78,19 @@ def _newton_schulz(x: Any, coefficients: Any, steps: int) -> Any:
     return x.T if transposed else x
 
 
+def _optax_orthogonalize(x: Any, coefficients: Any, steps: int, eps: Any) -> Any:
+    """As optax does it, in a batch of one: the batched product may round differently."""
+
+    def one(x: Any) -> Any:
+        transposed = x.shape[0] > x.shape[1]
+        x = x.T if transposed else x
+        x = x / (jnp.linalg.norm(x, ord="fro") + eps)
+        x = _newton_schulz(x, coefficients, steps)
+        return x.T if transposed else x
+
+    return jax.vmap(one)(x[None])[0]
+
+
 def _check_coefficients(ns_coeffs: Any, ns_steps: int) -> None:
     shape = jnp.shape(jnp.asarray(ns_coeffs))
     if len(shape) > 2 or shape[-1] != 3 or (len(shape) == 2 and shape[0] < ns_steps):
@@ -173,7 +186,7 @@ def muon(  # noqa: PLR0913, PLR0917 (optax's signature)
             if arith.exact:
                 o = orthogonalize(m, ns_coeffs, ns_steps, eps)
             else:
-                o = _newton_schulz(m / (jnp.linalg.norm(m, ord="fro") + eps), ns_coeffs, ns_steps)
+                o = _optax_orthogonalize(m, ns_coeffs, ns_steps, eps)
             return shaped(jnp.sum(m.conj() * o) * o if adaptive else o)
 
         directions = map_inexact(direction, look_ahead)
