@@ -386,3 +386,26 @@ class TestErrors:
         chain = jg.Chain.scanned(lambda p, h: jnp.concatenate([h, h]), jnp.ones((2, 1)))
         with pytest.raises(ValueError, match="keeps the state's shape"):
             chain(jnp.ones(3))
+
+
+@pytest.mark.parametrize("inside", ["plain", "cond", "jit", "scan"])
+@pytest.mark.parametrize("kind", ["jvp", "vjp"])
+def test_layers_that_differ_in_their_derivative_rule_only_are_not_confused(kind, inside):
+    def layer(slope):
+        if kind == "jvp":
+            f = jax.custom_jvp(lambda x: x * 1.0)
+            f.defjvp(lambda x, t: (f(x[0]), slope * t[0]))
+        else:
+            f = jax.custom_vjp(lambda x: x * 1.0)
+            f.defvjp(lambda x: (f(x), None), lambda _, g: (slope * g,))
+        return {
+            "plain": f,
+            "cond": lambda h: jax.lax.cond(h[0] > 0, f, f, h),
+            "jit": jax.jit(f),
+            "scan": lambda h: jax.lax.scan(lambda c, _: (f(c), None), h, None, length=1)[0],
+        }[inside]
+
+    chain = jg.Chain.from_layers([("twice", layer(2.0)), ("thrice", layer(3.0))])
+    first, second = jg.layer_jacobians(chain, jnp.ones(2))
+    np.testing.assert_array_equal(first, 2 * np.eye(2))
+    np.testing.assert_array_equal(second, 3 * np.eye(2))

@@ -137,15 +137,15 @@ def _op_key(op: Op) -> Any:
     if op.eqn is None:
         return ()
     params = {k: _param_key(v) for k, v in op.eqn.params.items() if not _is_rule(v)}
-    rule = ()
-    if len(params) < len(op.eqn.params):
-        params.pop("jvp_jaxpr_fun", None)
-        rule = _rule_key(op)
-    return (tuple(sorted(params.items())), rule)
+    inside = [op.eqn, *compat.inner_eqns(op.eqn.params)]  # a printed sub-program hides its rules
+    has_rule = any(_is_rule(v) for eqn in inside for v in eqn.params.values())
+    return (tuple(sorted(params.items())), _rule_key(op, inside) if has_rule else ())
 
 
 def _is_rule(value: Any) -> bool:
-    return callable(value) and not compat.is_jaxpr(value) and not isinstance(value, type | np.dtype)
+    """Whether a parameter is a function; JAX wraps some of them in a box that is not callable."""
+    function = callable(value) or hasattr(value, "call_wrapped")
+    return function and not compat.is_jaxpr(value) and not isinstance(value, type | np.dtype)
 
 
 def _param_key(value: Any) -> Any:
@@ -179,7 +179,7 @@ class _Same:
         return id(self.value) < id(other.value)
 
 
-def _rule_key(op: Op) -> Any:
+def _rule_key(op: Op, inside: Sequence[Any]) -> Any:
     """The trace of a custom rule's derivative: forward where it has one, else backward."""
     avals = [v.aval for v in op.eqn.invars]
     args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
@@ -198,10 +198,12 @@ def _rule_key(op: Op) -> Any:
         out, pull = jax.vjp(lambda w: call(w, rest), [rest[i] for i in floats])
         return out, pull([jnp.ones_like(o) for o in out])
 
-    for derivative in (forward, backward):
+    # forward through a custom_vjp traces to a stub that holds the rule unseen
+    only_backward = any(eqn.primitive.name.startswith("custom_vjp") for eqn in inside)
+    for derivative in (backward,) if only_backward else (forward, backward):
         try:
             closed = jax.make_jaxpr(derivative)(args, [args[i] for i in floats])
-        except TypeError:  # no rule in this direction
+        except (TypeError, ValueError, NotImplementedError):  # no rule in this direction
             continue
         jaxpr, consts = compat.open_jaxpr(closed)
         return (str(jaxpr), tuple(_array_key(c) for c in consts))
