@@ -20,10 +20,16 @@ from jaxgrad.chain import Layer as Layer
 from jaxgrad.chain import factorize as factorize
 from jaxgrad.flow import Flow as Flow
 from jaxgrad.flow import value_and_grad_flow as value_and_grad_flow
+from jaxgrad.graded import Certificate as Certificate
 from jaxgrad.graded import Graded as Graded
+from jaxgrad.graded import Spectrum as Spectrum
+from jaxgrad.graded import graded_product as graded_product
+from jaxgrad.graded import graded_products as graded_products
+from jaxgrad.graded import log_singular_values_mp as log_singular_values_mp
 from jaxgrad.jacobian import jacobian_product as jacobian_product
 from jaxgrad.jacobian import jacobian_products as jacobian_products
 from jaxgrad.jacobian import layer_jacobians as layer_jacobians
+from jaxgrad.spectrum import log_singular_values as log_singular_values
 from jaxgrad.taps import tap as tap
 
 if TYPE_CHECKING:
