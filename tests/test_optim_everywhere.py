@@ -358,5 +358,11 @@ def test_training_gives_the_loss_curve_of_the_twin(name, task):
     ours = _losses(optim.chain(clip, hand(lr)), loss, params, batches)
     theirs = _losses(optax.chain(optax.clip_by_global_norm(1.0), chain(lr)), loss, params, batches)
     assert ours[-20:].mean() < 0.75 * ours[:5].mean()
-    # Lion's signs flip where a sum is within rounding of zero, and the paths part there.
-    np.testing.assert_allclose(ours, theirs, rtol=2e-2 if name == "lion" else 2e-3)
+    # Rounding grows along the path: 1e-6 at step 100, 4e-3 at step 200 of the transformer; Lion's
+    # signs flip where a sum is within rounding of zero.
+    np.testing.assert_allclose(ours[:60], theirs[:60], rtol=1e-2 if name == "lion" else 1e-3)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-2)
+    clip, rule = optim.clip_by_global_norm(1.0, numerics="optax"), hand(lr, numerics="optax")
+    bits = _losses(optim.chain(clip, rule), loss, params, batches)
+    # The same operations on both sides: the same curve, to the bit if XLA fuses them alike.
+    np.testing.assert_allclose(bits, theirs, rtol=1e-5)

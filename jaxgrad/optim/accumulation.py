@@ -120,7 +120,7 @@ def accumulate(
         )
 
     def update(
-        updates: PyTree, state: AccumulateState, params: PyTree = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, AccumulateState]:
         weight = jnp.asarray(weight_of(state.mini_step, extra), jnp.float32)
         total = state.weight + weight

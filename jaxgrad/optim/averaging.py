@@ -95,11 +95,12 @@ def schedule_free_adamw(  # noqa: PLR0913, PLR0917 (optax's signature)
     check_nonnegative(eps=eps, weight_decay=weight_decay)
     if concrete(b1) == 0:
         raise ValueError("b1: expected a number in (0, 1), got 0: y would not contain x")
-    rate = learning_rate
+    rate: Any = learning_rate
     if warmup_steps is not None:
         rate = warmup_constant(0, learning_rate, warmup_steps)
     decay = DecayPlan(weight_decay, None)
-    falling = (lambda count: -1 * rate(count)) if callable(rate) else -1 * rate
+    schedule: Any = rate  # a number, or a function of the count
+    falling = (lambda count: -1 * schedule(count)) if callable(rate) else -1 * schedule
 
     def init(params: PyTree) -> ScheduleFreeState:
         dtype = _scalar_dtype(arith, params)

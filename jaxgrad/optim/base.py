@@ -159,7 +159,9 @@ def zeros_like(params: PyTree, dtype: Any = None) -> PyTree:
     Returns:
         A pytree with the structure of ``params``.
     """
-    choose = dtype if callable(dtype) and not isinstance(dtype, type) else lambda own: dtype or own
+    choose: Any = (
+        dtype if callable(dtype) and not isinstance(dtype, type) else lambda own: dtype or own
+    )
 
     def zeros(leaf: Any) -> Any:
         return jnp.zeros_like(leaf, dtype=choose(leaf.dtype)) if is_inexact_array(leaf) else None

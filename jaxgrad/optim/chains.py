@@ -311,7 +311,7 @@ def accumulate(
 
 def apply_if_finite(
     inner: Any, max_consecutive_errors: int, *, numerics: str = "optax"
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """Twin of `jaxgrad.optim.apply_if_finite`."""
     _optax_only(numerics)
     return optax.apply_if_finite(inner, max_consecutive_errors)

@@ -29,7 +29,11 @@ def _stateless(update: Any) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **_: Any) -> Any:
         return update(updates, params), state
 
-    return optax.GradientTransformationExtraArgs(lambda _params: optax.EmptyState(), update_fn)
+    def init_fn(params: PyTree) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _loud(threshold: Any) -> Any:

@@ -35,7 +35,7 @@ def chain(*transformations: Any) -> optax.GradientTransformationExtraArgs:
         return tuple(part.init(params) for part in parts)
 
     def update(
-        updates: PyTree, state: tuple[Any, ...], params: PyTree = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, tuple[Any, ...]]:
         if len(state) != len(parts):
             raise ValueError(

@@ -77,7 +77,7 @@ def apply_if_finite(
         return ApplyIfFiniteState(rejected, jnp.array(True), total, wrapped.init(params))
 
     def update(
-        updates: PyTree, state: ApplyIfFiniteState, params: PyTree = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, ApplyIfFiniteState]:
         out, new_inner = wrapped.update(updates, state.inner_state, params, **extra)
         finite = all_finite(updates)
@@ -154,7 +154,7 @@ def dynamic_loss_scale(
         return LossScaleState(scale, good, skipped, wrapped.init(params))
 
     def update(
-        updates: PyTree, state: LossScaleState, params: PyTree = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, LossScaleState]:
         finite = all_finite(updates)
         grads = map_inexact(lambda g: wide(g) / state.scale, updates)

@@ -116,7 +116,7 @@ def _run(probe: Probe) -> Responses:
     seen = None
     for steps in _STAGES:
         seen = probe.respond(steps)
-        moved = (seen.moved > 0).any(axis=(0, 1))
+        moved = np.any(seen.moved > 0, axis=(0, 1))
         parameters = [k for k, (_, owner) in enumerate(probe.owners) if owner is not None]
         emissions = (seen.updated[_unit(probe)].max(axis=-1) > 0).sum()
         if emissions >= 2 and all(moved[k] for k in parameters):
@@ -237,15 +237,19 @@ def _downstream(probe: Probe, emissions: np.ndarray, counted: list[int]) -> _Dow
     for members in groups.values():
         chosen = np.zeros(len(probe.names))
         chosen[members] = 1
-        change, size, still = probe.saturate(step, chosen)
+        # A tiny gradient leaves the update to the state; a rule with a second moment only needs a
+        # real one to have an update at all.
+        looks = [probe.saturate(step, chosen, last) for last in (2.0**-40, 1.0)]
+        # Equal up to rounding: the leaf is a record.
+        silent = step > 0 and not any((c > 1e-5 * s).any() for c, s, _ in looks)
         for k in members:
             owner = probe.owners[k][1]
-            columns = range(change.shape[1]) if owner is None else [owner]
-            verdicts = [_saturates(change[:, j], size[:, j], still[j]) for j in columns]
-            if step and not (change > 1e-5 * size).any():  # equal up to rounding
-                down.records.add(k)
+            columns = range(looks[0][0].shape[1]) if owner is None else [owner]
+            verdicts = [_saturates(c[:, j], s[:, j], z[j]) for c, s, z in looks for j in columns]
             known = [v for v in verdicts if v is not None]
             down.verdicts[k] = any(known) if known else None
+            if silent:
+                down.records.add(k)
     return down
 
 

@@ -1,6 +1,6 @@
 """Muon: momentum whose matrices are replaced by the nearest orthogonal ones."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,9 +92,11 @@ def _optax_orthogonalize(x: Any, coefficients: Any, steps: int, eps: Any) -> Any
 
 
 def _check_coefficients(ns_coeffs: Any, ns_steps: int) -> None:
-    shape = jnp.shape(jnp.asarray(ns_coeffs))
-    if len(shape) > 2 or shape[-1] != 3 or (len(shape) == 2 and shape[0] < ns_steps):
-        raise ValueError(f"ns_coeffs: expected shape (3,) or (at least {ns_steps}, 3), got {shape}")
+    shape = list(jnp.shape(jnp.asarray(ns_coeffs)))
+    if len(shape) > 2 or shape[-1:] != [3] or (len(shape) == 2 and shape[0] < ns_steps):
+        raise ValueError(
+            f"ns_coeffs: expected shape (3,) or (at least {ns_steps}, 3), got {tuple(shape)}"
+        )
 
 
 def muon(  # noqa: PLR0913, PLR0917 (optax's signature)
@@ -164,7 +166,7 @@ def muon(  # noqa: PLR0913, PLR0917 (optax's signature)
 
     def init(params: PyTree) -> MuonState:
         mu = zeros_like(_matrices(params), mu_dtype)
-        return MuonState(zero_count(), mu, other.init(_others(params)))
+        return MuonState(zero_count(), mu, cast(Any, other.init(_others(params))))
 
     def shaped(x: Any) -> Any:
         rows, columns = x.shape
@@ -195,7 +197,7 @@ def muon(  # noqa: PLR0913, PLR0917 (optax's signature)
         u = finish(arith, directions, learning_rate, state.count, _matrices(grads))
         rest = None if params is None else _others(params)
         v, adam = other.update(_others(grads), state.adam, rest)
-        return _merge(u, v, grads), MuonState(count, cast_like(mu, state.mu), adam)
+        return _merge(u, v, grads), MuonState(count, cast_like(mu, state.mu), cast(Any, adam))
 
     return rule(init, update)
 

@@ -124,7 +124,7 @@ class Probe:
         return _SCALES if count_parameters(self.params) < 100_000 else _SCALES[::2]
 
     @functools.partial(jax.jit, static_argnums=(0,))
-    def _saturate(self, factors: Any, steps: Any, chosen: Any) -> Any:
+    def _saturate(self, factors: Any, steps: Any, chosen: Any, last: Any) -> Any:
         one = jnp.ones(())
         state = jax.lax.fori_loop(
             0, steps, lambda _, s: self._step(s, one)[1], self.tx.init(self.params)
@@ -138,7 +138,7 @@ class Probe:
             for k, i in enumerate(self.float_leaves):
                 ratio = jnp.where(chosen[k] > 0, factor / jnp.where(unit > 0, unit, 1), 1)
                 new[i] = (leaves[i] * ratio).astype(leaves[i].dtype)
-            return self._step(jax.tree.unflatten(treedef, new), one)[0]
+            return self._step(jax.tree.unflatten(treedef, new), last)[0]
 
         def row(zero: Any, factor: Any) -> Any:
             u = updates_at(factor)
@@ -150,12 +150,15 @@ class Probe:
         start = [jnp.zeros(s.shape, s.dtype) for s in shapes]
         return jax.lax.scan(row, start, factors)[1]
 
-    def saturate(self, steps: int, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def saturate(
+        self, steps: int, chosen: np.ndarray, last: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scales some state leaves by hand and watches the next update.
 
         Args:
             steps: steps at c = 1 before.
             chosen: 1 for every float state leaf that is scaled, else 0.
+            last: norm of the gradient of the step that is watched.
 
         Returns:
             The update's deviation from the one with these leaves at zero, its size, both of shape
@@ -163,7 +166,10 @@ class Probe:
         """
         factors = np.concatenate([[0.0], np.exp2(_FACTORS), [-1024.0]])
         change, size = self._saturate(
-            jnp.asarray(factors, jnp.float32), steps, jnp.asarray(chosen, jnp.float32)
+            jnp.asarray(factors, jnp.float32),
+            steps,
+            jnp.asarray(chosen, jnp.float32),
+            jnp.float32(last),
         )
         change, size = np.asarray(change, np.float64), np.asarray(size, np.float64)
         return change[1:], size[1:], size[0]
