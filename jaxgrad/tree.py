@@ -44,7 +44,7 @@ def path_name(path: tuple[Any, ...]) -> str:
         box around an NNX variable, is dropped.
     """
     last = path[-1] if path else None
-    boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name in ("value", "raw_value")
+    boxed = getattr(last, "name", "") in ("value", "raw_value")
     if boxed and len(path) > 1:
         path = path[:-1]
     name = ""
