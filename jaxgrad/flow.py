@@ -181,7 +181,7 @@ class _Program:
         parameters = {
             block.inputs[i]: split.names[position]
             for i, position in enumerate(split.traced)
-            if position in split.names
+            if position in split.names and _is_weight(split.leaves[position])
         }
         self.labels = names.label(block, table, parameters)
         self.sites = sites.plan_sites(block, table, self.labels)
@@ -241,7 +241,9 @@ class _Program:
             parameter_names=tuple(self.split.names[p] for p in self.split.wanted),
             site_parameters=_row_parameters(self.sites, index),
             opaque=reading.opaque_regions(self.capture.block, self.capture.table, self.labels),
-            uncovered=reading.uncovered(self.parameters, self.labels, self.sites),
+            uncovered=reading.uncovered(
+                self.capture.block, self.parameters, self.labels, self.sites
+            ),
         )
 
 
@@ -271,7 +273,14 @@ def _row_parameters(planned: list[sites.Site], index: np.ndarray) -> tuple[tuple
 
 
 def _is_output(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex)
+    """Whether a leaf of aux comes out of the trace; anything else is returned as it is."""
+    return isinstance(leaf, jax.Array)
+
+
+def _is_weight(leaf: Any) -> bool:
+    """Whether a leaf can name a layer: floats and quantized weights, not keys or step counters."""
+    is_integer = jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype != jnp.uint32
+    return jnp.issubdtype(leaf.dtype, jnp.inexact) or (is_integer and leaf.ndim > 0)
 
 
 def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:

@@ -9,12 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import CASES, one_of_a_kind_first
 from reference import HAS_LOGS, hidden_state_gradients, hidden_states, logged_gradients, statistics
 
 import jaxgrad as jg
 from jaxgrad.graph import rewrite
+from jaxgrad.tree import is_inexact_array
 
 COLUMNS = {
     "activation_rms": "rms",
@@ -45,10 +47,23 @@ def test_value_and_gradients_are_those_of_jax(case):
     if built is None:
         pytest.skip("a model without parameters to train")
     loss, params, batch = built
-    params = jax.tree.map(jnp.asarray, params)
-    (value, flow), grads = jax.jit(jg.value_and_grad_flow(loss))(params, batch)
-    expected_value, expected = jax.jit(jax.value_and_grad(loss, allow_int=True))(params, batch)
-    expected = jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, expected)
+    leaves, treedef = jax.tree.flatten(params)
+    is_float = [is_inexact_array(leaf) for leaf in leaves]
+    floats = [jnp.asarray(leaf) for leaf, wanted in zip(leaves, is_float, strict=True) if wanted]
+
+    def of_floats(loss_of, floats):
+        """What is no float array (the functions in an equinox module) stays as it is."""
+        rest = iter(floats)
+        full = [next(rest) if w else leaf for leaf, w in zip(leaves, is_float, strict=True)]
+        return loss_of(jax.tree.unflatten(treedef, full))
+
+    flowing = jg.value_and_grad_flow(loss)
+    (value, flow), grads = jax.jit(lambda f, b: of_floats(lambda p: flowing(p, b), f))(
+        floats, batch
+    )
+    plain = jax.value_and_grad(lambda f, b: of_floats(lambda p: loss(p, b), f))
+    expected_value, expected = jax.jit(plain)(floats, batch)
+    grads = jax.tree.leaves(grads)  # None where there is no gradient
     scale = max(float(jnp.max(jnp.abs(g), initial=0)) for g in jax.tree.leaves(expected))
     rounding = 0.02 if "low-precision" in case.flags else 2e-6
     np.testing.assert_allclose(value, expected_value, rtol=rounding)
@@ -411,3 +426,98 @@ class TestErrors:
     def test_an_empty_name(self):
         with pytest.raises(TypeError, match="non-empty string"):
             jg.tap(jnp.ones(2), "")
+
+
+def two_layers():
+    params, x = {"enc": {"w": jnp.ones((2, 3))}, "dec": {"w": jnp.ones((3, 1))}}, jnp.ones((4, 2))
+    return params, x, lambda p, x: jnp.mean((jnp.tanh(x @ p["enc"]["w"]) @ p["dec"]["w"]) ** 2)
+
+
+@pytest.mark.parametrize("norm", [optax.global_norm, lambda p: optax.global_norm(p) ** 2 / 2])
+def test_a_penalty_on_the_weights_is_no_layer(norm):
+    params, x, data_loss = two_layers()
+    (_, flow), grads = jg.value_and_grad_flow(lambda p, x: data_loss(p, x) + 0.1 * norm(p))(
+        params, x
+    )
+    assert flow.names == ("enc", "dec") and flow.uncovered == ()
+    expected = jax.grad(lambda p: data_loss(p, x) + 0.1 * norm(p))(params)
+    assert max_difference(grads, expected) == 0
+
+
+def test_a_parameter_that_only_a_penalty_uses_is_uncovered_but_not_unused():
+    params, x, data_loss = two_layers()
+    params |= {"extra": jnp.ones(3), "idle": jnp.ones(3)}
+    (_, flow), _ = jg.value_and_grad_flow(
+        jax.jit(lambda p, x: data_loss(p, x) + jnp.sum(p["extra"] ** 2))
+    )(params, x)
+    assert flow.uncovered == ("extra", "idle (unused)")
+
+
+def test_a_key_or_a_step_counter_among_the_parameters_is_no_layer():
+    params, x, data_loss = two_layers()
+    params |= {"key": jax.random.key(0), "step": jnp.array(3)}
+
+    def loss(p, x):
+        noise = jax.random.normal(p["key"], x.shape)
+        return data_loss(p, x + noise) * p["step"]
+
+    (_, flow), _ = jg.value_and_grad_flow(loss)(params, x)
+    assert flow.names == ("enc", "dec")
+
+
+class Normalized(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.relu(nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x))))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_running_averages_in_aux_are_no_rows(wrap):
+    net, x = Normalized(), jnp.linspace(-1, 1, 8).reshape(4, 2)
+    variables = net.init(jax.random.key(0), x)
+    stats = {"batch_stats": variables["batch_stats"]}
+
+    @wrap
+    def loss(params, x):
+        y, updates = net.apply({"params": params} | stats, x, mutable=["batch_stats"])
+        return jnp.mean(y**2), updates
+
+    (_, _, flow), _ = jg.value_and_grad_flow(loss, has_aux=True)(variables["params"], x)
+    assert flow.names == ("Dense_1", "BatchNorm_0", "Dense_0")
+    assert np.all(flow.gradient_reached == 1)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
+def test_a_scanned_layer_is_one_row_an_iteration_with_and_without_remat(transform):
+    block = transform(lambda h, w: (jnp.tanh(h @ w), None))
+    (_, flow), _ = jg.value_and_grad_flow(lambda p, x: jax.lax.scan(block, x, p)[0].sum())(
+        jnp.ones((2, 3, 3)), jnp.ones(3)
+    )
+    assert flow.names == ("p[0]", "p[1]")
+
+
+def test_what_a_branch_returns_comes_after_what_is_inside_it():
+    def loss(p, x):
+        h = jax.lax.cond(x[0] > 0, lambda: jg.tap(x * p, "inside"), lambda: x)
+        return jnp.sum(jg.tap(jnp.sin(h), "after"))
+
+    def scanned(p, x):
+        def step(h, _):
+            return jax.lax.cond(h[0] > 0, lambda h: jg.tap(h * p, "inside"), lambda h: h, h), None
+
+        return jnp.sum(jax.lax.scan(step, x, None, length=2)[0])
+
+    (_, flow), _ = jg.value_and_grad_flow(loss)(jnp.ones(2), jnp.ones(2))
+    assert flow.names.index("inside") < flow.names.index("after")
+    (_, flow), _ = jg.value_and_grad_flow(scanned)(jnp.ones(2), jnp.ones(2))
+    inside = [k for k, name in enumerate(flow.names) if "inside" in name]
+    assert inside == [0, 2] and len(flow.names) == 4, flow.names
+
+
+def test_python_scalars_in_aux_come_back_as_they_were():
+    def loss(p):
+        return jnp.sum(p), {"count": 3, "rate": 0.5, "done": True}
+
+    (_, aux, _), _ = jg.value_and_grad_flow(loss, has_aux=True)(jnp.ones(2))
+    assert aux == {"count": 3, "rate": 0.5, "done": True}
+    assert {k: type(v) for k, v in aux.items()} == {"count": int, "rate": float, "done": bool}

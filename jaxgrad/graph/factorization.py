@@ -352,6 +352,7 @@ def _describe(
 ) -> Graph:
     chained, table = made.chained, made.table
     used = {name for uses in labels.uses.values() for name in uses}
+    read = reading.read_values(block)
     sides = dict.fromkeys(v for program in made.programs for v in program.sides)
     start = "the input"
     if chained.start != tuple(v for v in made.inputs if table.is_float(v)):
@@ -370,7 +371,11 @@ def _describe(
         ),
         side_inputs=tuple(f"{table.avals[v].dtype}{list(table.avals[v].shape)}" for v in sides),
         uncovered=tuple(
-            f"{n} (unused)" for n in dict.fromkeys(parameters.values()) if n not in used
+            dict.fromkeys(
+                name if value in read else f"{name} (unused)"
+                for value, name in parameters.items()
+                if name not in used
+            )
         ),
         made_up_names=tuple(group.name for group in made.groups if group.made_up),
         independence=independence,

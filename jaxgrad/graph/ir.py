@@ -5,7 +5,7 @@ one tensor. Here every call path has its own `Block`, and every `Value` is one i
 for one tensor of the run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,6 +113,23 @@ def walk(block: Block) -> Iterator[tuple[tuple[Op, ...], Op]]:
         yield parents, op
         inside = [((*parents, op), inner) for b in op.blocks for inner in b.ops]
         stack.extend(reversed(inside))
+
+
+def reach(block: Block, wanted: Iterable[Ref], reaching: set[Value]) -> None:
+    """Add to `reaching` all that `wanted` is computed from; in loops and branches, every value."""
+    reaching.update(ref for ref in wanted if not isinstance(ref, Lit))
+    for op in reversed(block.ops):
+        if not any(v in reaching for v in op.outputs):
+            continue
+        if op.kind not in ("jit", "remat"):
+            reaching.update(v for b in op.blocks for _, o in walk(b) for v in o.outputs)
+            reaching.update(value_inputs(op))
+            continue
+        inner = op.blocks[0]
+        pairs = zip(op.outputs, inner.outputs, strict=True)
+        reach(inner, [ref for v, ref in pairs if v in reaching], reaching)
+        arguments = zip(op.inputs, inner.inputs, strict=True)
+        reaching.update(ref for ref, v in arguments if v in reaching and not isinstance(ref, Lit))
 
 
 def substitute(ref: Ref, mapping: dict[Value, Ref]) -> Ref:

@@ -35,6 +35,7 @@ class Labels:
         by_scope: operations whose path comes from a scope.
         root: the scope of the whole model; its own operations have the path `()`.
         named: values that are computed from named parameters alone.
+        penalties: those of them that sum parameters up to one number.
     """
 
     path: dict[Op, Path] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Labels:
     by_scope: set[Op] = field(default_factory=set)
     root: Path = ()
     named: set[Value] = field(default_factory=set)
+    penalties: set[Value] = field(default_factory=set)
 
 
 def module_of(leaf: str) -> Path:
@@ -139,16 +141,49 @@ def _uses(
         shaping = op.name in _SHAPING and all(v in neutral for v in others)
         if names and (not others or shaping):
             roles |= dict.fromkeys(op.outputs, names)
+            if _is_penalty(op, inputs, labels.penalties, table):
+                labels.penalties.update(op.outputs)
         elif names and not op.blocks:
-            labels.uses[op] = names
-        elif not others and not op.blocks:
+            weights = [roles[v] for v in inputs if v in roles and v not in labels.penalties]
+            if weights:
+                labels.uses[op] = frozenset().union(*weights)
+        elif not op.blocks and all(v in neutral and v not in table.constants for v in others):
             neutral |= set(op.outputs)
         for inner in op.blocks:
             _pass_neutral(op, inner, neutral, table)
-            _uses(inner, _inner_roles(op, inner, roles), neutral, table, labels)
-            for outer, ref in zip(op.outputs, inner.outputs, strict=True):
-                if not isinstance(ref, Lit) and ref in roles and op.kind in ("jit", "remat"):
-                    roles[outer] = roles[ref]
+            _uses(inner, _inner_roles(op, inner, roles, labels.penalties), neutral, table, labels)
+            _leave(op, inner, roles, neutral, labels.penalties)
+
+
+def _leave(
+    op: Op,
+    inner: Block,
+    roles: dict[Value, frozenset[str]],
+    neutral: set[Value],
+    penalties: set[Value],
+) -> None:
+    """What a call returns is what its body made it."""
+    if op.kind not in ("jit", "remat"):
+        return
+    for outer, ref in zip(op.outputs, inner.outputs, strict=True):
+        if not isinstance(ref, Lit) and ref in roles:
+            roles[outer] = roles[ref]
+        for known in (neutral, penalties):
+            if not isinstance(ref, Lit) and ref in known:
+                known.add(outer)
+
+
+def _is_penalty(op: Op, inputs: Sequence[Value], penalties: set[Value], table: Table) -> bool:
+    """Whether parameters become one number here (an L2 norm), or did before.
+
+    Such a number is added to a loss, or divides a weight; data that it meets is no layer's output.
+    """
+    shapes = [getattr(table.avals[v], "shape", ()) for v in inputs]
+    reduced = op.name.startswith(("reduce_", "dot_general")) and any(shapes)
+    scalar = all(getattr(table.avals[v], "shape", None) == () for v in op.outputs)
+    passed_on = [v for v in inputs if v in penalties]
+    rest = [v for v, shape in zip(inputs, shapes, strict=True) if v not in penalties and shape]
+    return (reduced and scalar) or (bool(passed_on) and not rest)
 
 
 def _pass_neutral(op: Op, inner: Block, neutral: set[Value], table: Table) -> None:
@@ -163,13 +198,15 @@ def _pass_neutral(op: Op, inner: Block, neutral: set[Value], table: Table) -> No
 
 
 def _inner_roles(
-    op: Op, inner: Block, roles: dict[Value, frozenset[str]]
+    op: Op, inner: Block, roles: dict[Value, frozenset[str]], penalties: set[Value]
 ) -> dict[Value, frozenset[str]]:
     arguments = op.inputs[1:] if op.kind == "cond" else op.inputs
     carried = range(op.num_consts, op.num_consts + op.num_carry)
     for i, (value, ref) in enumerate(zip(inner.inputs, arguments, strict=True)):
         if not isinstance(ref, Lit) and ref in roles and i not in carried:
             roles[value] = roles[ref]
+            if ref in penalties:
+                penalties.add(value)
     return roles
 
 

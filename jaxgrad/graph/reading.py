@@ -1,7 +1,7 @@
 """What a captured program says about itself: opaque regions and parameters that no site covers."""
 
 from jaxgrad.graph import compat
-from jaxgrad.graph.ir import Block, Op, Table, walk
+from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, value_inputs, walk
 from jaxgrad.graph.names import Labels
 from jaxgrad.graph.sites import Site
 
@@ -35,9 +35,25 @@ def describe(op: Op, labels: Labels) -> str:
     return text + (f" in {where}" if where else "") + (f" ({line})" if line else "")
 
 
-def uncovered(parameters: dict[int, str], labels: Labels, sites: list[Site]) -> tuple[str, ...]:
+def read_values(block: Block) -> set[Value]:
+    """The values that an operation reads, or that the block returns; a call reads what it uses."""
+    read = {ref for ref in block.outputs if not isinstance(ref, Lit)}
+    for op in block.ops:
+        read.update(value_inputs(op) if not op.blocks else ())
+        arguments = op.inputs[1:] if op.kind == "cond" else op.inputs
+        for inner in op.blocks:
+            inside = read_values(inner)
+            pairs = zip(inner.inputs, arguments, strict=True)
+            read.update(ref for v, ref in pairs if v in inside and not isinstance(ref, Lit))
+            read.update(inside)
+    return read
+
+
+def uncovered(
+    block: Block, parameters: dict[Value, str], labels: Labels, sites: list[Site]
+) -> tuple[str, ...]:
     """Parameter leaves that no site's layer uses, or that nothing uses at all."""
-    used = {name for names in labels.uses.values() for name in names}
+    read = read_values(block)
     covered = {name for site in sites for name in site.parameters}
     covered |= {
         name
@@ -46,7 +62,7 @@ def uncovered(parameters: dict[int, str], labels: Labels, sites: list[Site]) -> 
         if any(labels.path.get(op, ())[: len(s.path)] == s.path for s in sites)
     }
     return tuple(
-        f"{name} (unused)" if name not in used else name
-        for name in parameters.values()
+        name if value in read else f"{name} (unused)"
+        for value, name in parameters.items()
         if name not in covered
     )

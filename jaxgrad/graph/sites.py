@@ -5,12 +5,13 @@ value that uses a module's parameters, the sum that closes a residual branch, wh
 its next iteration, or a value that the user named. A site inside a scan gives a row an iteration.
 """
 
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, is_real_dtype, value_inputs, walk
+from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, is_real_dtype, reach, value_inputs, walk
 from jaxgrad.graph.names import Labels, Path, common_prefix, unique
 
 
@@ -82,8 +83,19 @@ def plan_sites(block: Block, table: Table, labels: Labels) -> list[Site]:
         for i, op in enumerate(block.ops):
             for value in op.outputs:
                 _add(planner, value, (f"{op.name}[{i}]",), _Place(), i)
+    _drop_bookkeeping(block, planner)
     sites = sorted(planner.found.values(), key=lambda site: site.order)
     return [replace(s, parameters=s.parameters or planner.leaves_of(s.path)) for s in sites]
+
+
+def _drop_bookkeeping(block: Block, planner: _Planner) -> None:
+    """A layer's value that only `aux` reads (a running mean) is no row beside its output."""
+    reaching: set[Value] = set()
+    reach(block, block.outputs[:1], reaching)
+    outputs = {site.path for value, site in planner.found.items() if value in reaching}
+    for value, site in list(planner.found.items()):
+        if value not in reaching and site.path in outputs and value not in planner.labels.taps:
+            del planner.found[value]
 
 
 def rows(sites: list[Site]) -> tuple[list[str], np.ndarray]:
@@ -112,7 +124,7 @@ def _forward_key(site: Site, index: tuple[int, ...]) -> tuple[int, ...]:
     key: list[int] = []
     for depth, position in enumerate(site.order):
         key += [position, steps.get(depth, 0)]
-    return tuple(key)
+    return (*key, sys.maxsize)  # what a call returns comes after what is inside it
 
 
 def _row_name(site: Site, index: tuple[int, ...]) -> str:
@@ -300,10 +312,10 @@ def _plan_carry(block: Block, place: _Place, planner: _Planner) -> None:
         and ref in produced
         and is_real_dtype(getattr(planner.table.avals[ref], "dtype", None))
     ]
-    inner = {(*place.order, i) for i in range(len(block.ops))}
     if len(carried) == 1 and carried[0] not in planner.found:  # one row an iteration, not two
         for value, site in list(planner.found.items()):
-            if site.path == path and site.order in inner and value not in planner.labels.taps:
+            here = site.scans == place.scans and site.order[: len(place.order)] == place.order
+            if here and site.path == path and value not in planner.labels.taps:
                 del planner.found[value]
     for n, ref in enumerate(carried):
         i, op = produced[ref]
