@@ -1,9 +1,23 @@
 """Clipping, of gradients or of updates.
 
-What a clip really does depends on the rule after it (``experiments/benchmarks/clipping_effect.py``
-measures it): gradient descent's step is bounded by ``lr * max_norm``; Adam's and Lion's steps have
-the same size for g and for 1000 g, so there a clip only decides how much of the moving averages
-one outlier may take.
+What a clip really does depends on the rule after it. Measured, 100 steps of gradients of norm one
+with one outlier of norm 1000 (``python -m experiments.benchmarks.clipping_effect``): the largest
+step over the median step, and how far the outlier moved the parameters, in median steps.
+
+========  ===============  ===============  ===============
+rule      no clip          clip before      clip after
+========  ===============  ===============  ===============
+sgd       1030, 1030       1.00, 0          100, 99
+momentum  143, 1410        1.02, 0          13.8, 419
+adam      1.61, 42         1.61, 0          1.61, 42
+lion      1.00, 48         1.00, 0          1.00, 48
+rmsprop   3.22, 27         3.21, 0          3.22, 27
+muon      1.06, 43         1.08, 0          1.06, 43
+========  ===============  ===============  ===============
+
+Adam, Lion, RMSprop and Muon make the same step for g and for 1000 g: their largest step needs no
+clip. What a clip *before* them prevents is that one outlier fills the moving averages and steers
+dozens of steps; a clip *after* them prevents nothing.
 """
 
 from typing import Any
