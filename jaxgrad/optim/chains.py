@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from jaxgrad.optim.chain_schedules import constant as constant
-from jaxgrad.optim.chain_schedules import inverse_sqrt as inverse_sqrt
-from jaxgrad.optim.chain_schedules import warmup_cosine as warmup_cosine
-from jaxgrad.optim.chain_schedules import warmup_linear as warmup_linear
-from jaxgrad.optim.chain_schedules import warmup_stable_decay as warmup_stable_decay
+from jaxgrad.optim.chain_schedules import (  # noqa: F401 (they are twins too)
+    constant,
+    inverse_sqrt,
+    warmup_cosine,
+    warmup_linear,
+    warmup_stable_decay,
+)
 from jaxgrad.optim.orthogonal import _QUINTIC
 
 
