@@ -117,4 +117,3 @@ def assert_same_updates(
             f"{a[at]:.9g} and {b[at]:.9g}, {gap:.2g} of that entry's largest update "
             f"(allowed {rtol:.2g}); {int(far.sum())} of {far.size} values differ in this leaf"
         )
-
