@@ -409,3 +409,18 @@ def test_layers_that_differ_in_their_derivative_rule_only_are_not_confused(kind,
     first, second = jg.layer_jacobians(chain, jnp.ones(2))
     np.testing.assert_array_equal(first, 2 * np.eye(2))
     np.testing.assert_array_equal(second, 3 * np.eye(2))
+
+
+def test_a_long_scan_does_not_compile_once_an_iteration():
+    xs = jnp.linspace(-1, 1, 41 * 3).reshape(41, 3)
+    compiled = []
+
+    def listen(event, seconds, **_):
+        compiled.extend([seconds] if event.endswith("backend_compile_duration") else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    chain = jg.factorize(
+        lambda h: jax.lax.scan(lambda h, x: (jnp.tanh(h + x), None), h, xs)[0], jnp.ones(3)
+    )
+    assert len(chain) >= 41
+    assert 0 < len(compiled) < 20

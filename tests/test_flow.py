@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -521,3 +522,19 @@ def test_python_scalars_in_aux_come_back_as_they_were():
     (_, aux, _), _ = jg.value_and_grad_flow(loss, has_aux=True)(jnp.ones(2))
     assert aux == {"count": 3, "rate": 0.5, "done": True}
     assert {k: type(v) for k, v in aux.items()} == {"count": int, "rate": float, "done": bool}
+
+
+def test_haikus_moving_averages_in_state_are_no_rows():
+    def forward(x):
+        x = hk.Linear(3, name="first")(x)
+        return hk.Linear(2, name="last")(hk.BatchNorm(True, True, 0.9, name="norm")(x, True))
+
+    model, x = hk.transform_with_state(forward), jnp.linspace(-1, 1, 8).reshape(4, 2)
+    params, state = model.init(jax.random.key(0), x)
+
+    def loss(params, state, x):
+        y, state = model.apply(params, state, None, x)
+        return jnp.mean(y**2), state
+
+    (_, _, flow), _ = jg.value_and_grad_flow(loss, has_aux=True)(params, state, x)
+    assert flow.names == ("first", "norm", "last")

@@ -262,7 +262,15 @@ def _stack(value: Value, refs: list[Ref], scan: Op) -> Op:
 def run_op(op: Op, values: list[Any]) -> list[Any]:
     """Run one operation of a line."""
     if op.kind == "index":
-        return [jax.lax.index_in_dim(values[0], op.length, keepdims=False)]
+        if isinstance(values[0], compat.Tracer):
+            return [jax.lax.index_in_dim(values[0], op.length, keepdims=False)]
+        return [_entry(values[0], op.length)]
     if op.kind == "stack":
         return [jnp.stack(values)]
     return compat.bind(op.eqn, values)
+
+
+@jax.jit
+def _entry(stacked: Any, k: Any) -> Any:
+    """Entry `k`: compiled once for all, where a static index would compile once an iteration."""
+    return jax.lax.dynamic_index_in_dim(stacked, k, keepdims=False)

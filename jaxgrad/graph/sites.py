@@ -94,7 +94,9 @@ def _drop_bookkeeping(block: Block, planner: _Planner) -> None:
     reach(block, block.outputs[:1], reaching)
     outputs = {site.path for value, site in planner.found.items() if value in reaching}
     for value, site in list(planner.found.items()):
-        if value not in reaching and site.path in outputs and value not in planner.labels.taps:
+        beside = any(site.path[:n] in outputs for n in range(1, len(site.path)))
+        twin = site.path in outputs or (beside and not planner.leaves_of(site.path))
+        if value not in reaching and twin and value not in planner.labels.taps:
             del planner.found[value]
 
 
