@@ -221,7 +221,8 @@ class _Program:
         measured = jnp.where(ran[:, None], forward, jnp.nan)
         passed = jnp.where(ran[:, None], backward, jnp.nan)
         weights = [self.split.leaves[p] for p in self.split.wanted]
-        nonfinite = [statistics.nonfinite_count(g).astype(jnp.float32) for g in grads]
+        weight_rms, _ = statistics.leaf_statistics(weights)
+        weight_gradient_rms, nonfinite = statistics.leaf_statistics(grads)
         return Flow(
             activation_rms=measured[:, 1],
             activation_mean=measured[:, 2],
@@ -234,9 +235,9 @@ class _Program:
             gradient_below_float16=backward[:, 4],
             gradient_below_bfloat16=backward[:, 5],
             gradient_reached=backward[:, 0],
-            weight_rms=_stack([statistics.rms(w) for w in weights]),
-            weight_gradient_rms=_stack([statistics.rms(g) for g in grads]),
-            weight_gradient_nonfinite=_stack(nonfinite),
+            weight_rms=weight_rms,
+            weight_gradient_rms=weight_gradient_rms,
+            weight_gradient_nonfinite=nonfinite,
             names=tuple(row_names),
             parameter_names=tuple(self.split.names[p] for p in self.split.wanted),
             site_parameters=_row_parameters(self.sites, index),
@@ -253,10 +254,6 @@ def _measure(x: Array, slot: Array) -> tuple[Array, Array]:
 
 def _blank_record(slot: Array) -> Array:
     return jnp.zeros(1 + len(statistics.ACTIVATION), slot.dtype)
-
-
-def _stack(scalars: list[Array]) -> Array:
-    return jnp.stack(scalars) if scalars else jnp.zeros((0,), jnp.float32)
 
 
 def _rows(records: dict[int, Array], count: int, width: int, index: np.ndarray) -> Array:
