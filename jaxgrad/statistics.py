@@ -86,7 +86,10 @@ class _Passes:
             counted += [jnp.isnan(jnp.sum(size)).astype(jnp.int32)]
             return jnp.stack([*counted, *(_count(f(jnp.abs(marked))) for f in counters)])
 
-        return lax.cond(jnp.isfinite(self.squares), quick, careful, self.magnitudes)
+        def sliced(size: Array) -> Array:  # the mark takes room
+            return jnp.sum(lax.map(careful, size), axis=0) if size.ndim > 1 else careful(size)
+
+        return lax.cond(jnp.isfinite(self.squares), quick, sliced, self.magnitudes)
 
     @property
     def largest_or_nan(self) -> Array:
@@ -262,8 +265,27 @@ def _large(leaves: list[Array]) -> tuple[Array, Array]:
         return jnp.sqrt(squares / sizes), jnp.zeros(len(sizes), jnp.int32)
 
     def careful(leaves: list[Array], _: Array) -> tuple[Array, Array]:
-        found = [_stacked([leaf]) for leaf in leaves]
-        roots, counts = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
+        found = [_by_rows(leaf) for leaf in leaves]
+        roots, counts = (jnp.stack(parts) for parts in zip(*found, strict=True))
         return roots.astype(dtype), counts
 
     return lax.cond(safe, quick, careful, leaves, squares)
+
+
+def _by_rows(leaf: Array) -> tuple[Array, Array]:
+    """`rms` and `nonfinite_count` of one leaf, in slices: it takes no room."""
+    passes = _Passes(leaf)
+    size_of, unit = passes.size, passes.unit
+
+    def step(carry: tuple[Array, Array, Array], row: Array) -> tuple[Any, None]:
+        squares, total, count = carry
+        size = jnp.abs(row).astype(passes.dtype)
+        squares += jnp.sum(lax.square(size * (16 / unit)))
+        count += jnp.sum(~(size < jnp.inf), dtype=jnp.int32)
+        return (squares, total + jnp.sum(size), count), None
+
+    zero = jnp.zeros((), passes.dtype)
+    rows = leaf if leaf.ndim > 1 else leaf[None]
+    (squares, total, count), _ = lax.scan(step, (zero, zero, jnp.int32(0)), rows)
+    root = jnp.sqrt(squares / size_of) / 16 * unit
+    return jnp.where(count == 0, root, jnp.where(jnp.isnan(total), jnp.nan, jnp.inf)), count
