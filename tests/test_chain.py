@@ -9,7 +9,7 @@ from reference import full_jacobian
 from reference_cuts import count_layers
 
 import jaxgrad as jg
-from jaxgrad.graph import factorization, flatten
+from jaxgrad.graph import flatten, links
 
 # The derivative is not the gradient, or jacrev does not apply: checked one by one below.
 SPECIAL = "nonlinear-vjp nonfinite-gradient forward-only"
@@ -135,12 +135,12 @@ def test_equal_layers_are_compiled_once():
             x = x + jnp.tanh(x @ w)
         return x
 
-    before = factorization._jitted_run._cache_size()
+    before = links._jitted_run._cache_size()
     chain = jg.factorize(f, jnp.ones(6))
     chain(jnp.ones(6))
     assert len(chain) == 96
     assert len({layer.link.program for layer in chain.layers}) == 1
-    assert factorization._jitted_run._cache_size() - before <= 2  # the prelude and the layer
+    assert links._jitted_run._cache_size() - before <= 2  # the prelude and the layer
 
 
 def test_layers_that_differ_in_more_than_constants_are_told_apart():
@@ -174,9 +174,9 @@ def test_from_layers_is_compiled_once_for_distinct_closures():
     weights = deep(300, width=9)
     layers = [(f"layer{k}", lambda h, w=w: jnp.tanh(h @ w)) for k, w in enumerate(weights)]
     chain = jg.Chain.from_layers(layers)
-    before = factorization._jitted_run._cache_size()
+    before = links._jitted_run._cache_size()
     y = chain(jnp.ones(9))
-    assert factorization._jitted_run._cache_size() - before == 1
+    assert links._jitted_run._cache_size() - before == 1
     expected = jnp.ones(9)
     for _, f in layers:
         expected = f(expected)
@@ -226,9 +226,9 @@ def test_a_scan_that_loses_an_iteration_is_seen(monkeypatch, x64):
 
     unrolled = flatten._unrolled
 
-    def one_short(line, scan, *rest):
+    def one_short(scan, *rest):
         object.__setattr__(scan, "length", scan.length - 1)
-        return unrolled(line, scan, *rest)
+        return unrolled(scan, *rest)
 
     x = jnp.linspace(-1, 1, 6)
     for lost, tolerance in ((False, 1e-12), (True, 1e-3)):

@@ -28,6 +28,10 @@ class Capture:
     out_tree: Any
 
 
+# Their sub-program says how two numbers are combined: nothing in it to see.
+_COMBINING = ("scatter", "reduce", "select_and_")
+
+
 @functools.cache
 def _kinds() -> dict[Any, str]:
     """Primitive -> kind, read off one traced example of each construct."""
@@ -57,6 +61,8 @@ def primitive_kind(eqn: Any) -> str:
         return kind
     if eqn.primitive.name in ("closed_call", "core_call", "core_closed_call"):
         return "jit"
+    if eqn.primitive.name.startswith(_COMBINING):
+        return "plain"
     has_rule = "custom" in eqn.primitive.name or hasattr(eqn.primitive, "fun")
     return "opaque" if has_rule or compat.sub_jaxprs(eqn.params) else "plain"
 
@@ -80,15 +86,23 @@ def capture(fun: Callable[..., Any], args: Sequence[Any]) -> Capture:
 
     jaxpr, consts = compat.make_jaxpr(flat, *args)
     table = Table()
-    return Capture(_block(jaxpr, consts, table, ()), table, trees[-1])
+    return Capture(_block(jaxpr, consts, table, _Call()), table, trees[-1])
 
 
 def block_of(closed_jaxpr: Any, table: Table) -> Block:
     """The block of a traced function that JAX holds as the parameter of a call."""
-    return _block(*compat.open_jaxpr(closed_jaxpr), table, ())
+    return _block(*compat.open_jaxpr(closed_jaxpr), table, _Call())
 
 
-def _block(jaxpr: Any, consts: Sequence[Any], table: Table, scope: tuple[str, ...]) -> Block:
+@dataclass(frozen=True)
+class _Call:
+    """What a block's operations inherit from the calls around them."""
+
+    scope: tuple[str, ...] = ()
+    derivative: str = ""
+
+
+def _block(jaxpr: Any, consts: Sequence[Any], table: Table, outer: _Call) -> Block:
     env: dict[Any, Ref] = {}
     for var, const in zip(jaxpr.constvars, consts, strict=True):
         env[var] = table.constant(const, var.aval)
@@ -96,7 +110,7 @@ def _block(jaxpr: Any, consts: Sequence[Any], table: Table, scope: tuple[str, ..
     for var in jaxpr.invars:
         env[var] = table.new(var.aval)
         inputs.append(env[var])
-    ops = tuple(_op(eqn, env, table, scope) for eqn in jaxpr.eqns)
+    ops = tuple(_op(eqn, env, table, outer) for eqn in jaxpr.eqns)
     return Block(tuple(inputs), ops, tuple(_read(atom, env) for atom in jaxpr.outvars))
 
 
@@ -110,13 +124,16 @@ def _literal_array(atom: Any) -> Any:
     return atom.val
 
 
-def _op(eqn: Any, env: dict[Any, Ref], table: Table, outer: tuple[str, ...]) -> Op:
-    kind, scope = primitive_kind(eqn), outer + compat.scopes(eqn)
+def _op(eqn: Any, env: dict[Any, Ref], table: Table, outer: _Call) -> Op:
+    kind, scope = primitive_kind(eqn), outer.scope + compat.scopes(eqn)
+    marks = (outer.derivative, compat.derivative(eqn))
+    derivative = next((m for m in ("backward", "forward") if m in marks), "")
+    call = _Call(scope, derivative)
     blocks, counts, length = (), (0, 0), 0
     if kind in ("jit", "remat", "scan"):
-        blocks = (_block(*compat.open_jaxpr(compat.called_jaxpr(eqn)), table, scope),)
+        blocks = (_block(*compat.open_jaxpr(compat.called_jaxpr(eqn)), table, call),)
     elif kind == "cond":
-        blocks = tuple(_block(*compat.open_jaxpr(b), table, scope) for b in eqn.params["branches"])
+        blocks = tuple(_block(*compat.open_jaxpr(b), table, call) for b in eqn.params["branches"])
     if kind == "scan":
         counts = compat.scan_counts(eqn.params, len(eqn.invars))
         length = eqn.params["length"]
@@ -126,4 +143,7 @@ def _op(eqn: Any, env: dict[Any, Ref], table: Table, outer: tuple[str, ...]) -> 
         value = table.new(var.aval)
         outputs.append(value)
         env[var] = value
-    return Op(kind, eqn.primitive.name, inputs, tuple(outputs), eqn, scope, blocks, *counts, length)
+    return Op(
+        kind, eqn.primitive.name, inputs, tuple(outputs), eqn, scope, blocks, *counts, length,
+        derivative=derivative,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ not know the answer: a reader of jaxprs that guesses is wrong in silence.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -92,6 +93,22 @@ def scopes(eqn: Any) -> tuple[str, ...]:
     return tuple(part.name for part in stack if type(part).__name__ == "Scope")
 
 
+def derivative(eqn: Any) -> str:
+    """Whether an equation belongs to a derivative that the traced function takes itself.
+
+    JAX marks what `jvp` and the backward pass make in the name stack, next to the scopes.
+
+    Returns:
+        "backward" for a transposed operation (of whatever order of derivative), "forward" for what
+        was run in order to be differentiated, its tangents included, else "".
+    """
+    stack = getattr(eqn.source_info.name_stack, "stack", ())
+    marks = {part.name for part in stack if type(part).__name__ == "Transform"}
+    if "transpose" in marks:
+        return "backward"
+    return "forward" if "jvp" in marks else ""
+
+
 def source_line(eqn: Any) -> str:
     """`file:line (function)` of the user's line that made the equation, or an empty string."""
     return _source_info.summarize(eqn.source_info) if _source_info else ""
@@ -119,6 +136,33 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     with _context(eqn):
         out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def bind_shared(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """`bind`, by way of a call that JAX differentiates once for all equations like this one.
+
+    JAX derives the rule of a bare primitive anew at every equation, and that of a call once. Its
+    own `jax.numpy` functions are such calls too; a trace has them inlined, as this one will be.
+    """
+    functions = any(callable(v) and not isinstance(v, type) for v in eqn.params.values())
+    if eqn.effects or functions or sub_jaxprs(eqn.params):
+        return bind(eqn, args)  # a cached call would keep the function and what it closes over
+    try:
+        call = _call_of(eqn.primitive, tuple(eqn.params.items()))
+    except TypeError:  # parameters that cannot be compared
+        return bind(eqn, args)
+    with _context(eqn):
+        return call(*args)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _call_of(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Any:
+    def run(*args: Any) -> list[Any]:
+        out = primitive.bind(*args, **dict(params))
+        return list(out) if primitive.multiple_results else [out]
+
+    run.__name__ = run.__qualname__ = primitive.name
+    return jax.jit(run, inline=True)
 
 
 @contextlib.contextmanager

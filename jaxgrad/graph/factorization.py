@@ -9,143 +9,42 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.graph import batching, capture, closures, cuts, flatten, layers, names, reading
-from jaxgrad.graph.arguments import parameter_labels
+from jaxgrad.graph.arguments import leaf_labels, parameter_labels
 from jaxgrad.graph.flatten import Line
 from jaxgrad.graph.ir import Lit, Table, Value, value_inputs, walk
+from jaxgrad.graph.links import Link, Run, run_program
+from jaxgrad.graph.paths import Path, common_prefix
 from jaxgrad.graph.program import Program, State
+from jaxgrad.graph.reading import Graph
 
 
-@dataclass(frozen=True, eq=False)
-class Link:
-    """One layer as a program with its arrays.
-
-    Attributes:
-        name: the layer's name.
-        program: what it computes.
-        constants: the values of its literals and constants.
-        sides: the values of its side inputs at the input the chain was made with.
-        in_tree: structure of the incoming state.
-        out_tree: structure of the outgoing state.
-        batch_in: where the examples lie in the incoming state; None without a batch.
-        batch_out: the same for the outgoing state.
-    """
-
-    name: str
-    program: Program
-    constants: State
-    sides: State
-    in_tree: Any
-    out_tree: Any
-    batch_in: batching.Layout | None = None
-    batch_out: batching.Layout | None = None
-
-    def __call__(self, h: Any) -> Any:
-        """The next state."""
-        state = check_state(h, self.program, self.in_tree, self.name)
-        after, _ = run_program(self.program, self.constants, self.sides, state)
-        return jax.tree.unflatten(self.out_tree, after)
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A chain at one input.
-
-    Attributes:
-        links: the layers, their side inputs at this input.
-        states: the states before, between and after the layers, each a tuple of arrays.
-        trees: the states' structures.
-    """
-
-    links: tuple[Link, ...]
-    states: tuple[State, ...]
-    trees: tuple[Any, ...]
-
-    def tree_of(self, k: int, state: State) -> Any:
-        """A state as the user's layers take it."""
-        return jax.tree.unflatten(self.trees[k], state)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """What was found while a function was factorized.
-
-    Attributes:
-        cuts: number of cuts, input and output included.
-        start: what the first state is.
-        opaque: operations that were not looked into.
-        closed_scans: scans that are one layer, each with the reason.
-        side_inputs: values that layers take besides the state.
-        uncovered: parameters that no named layer uses.
-        made_up_names: layers that nothing named.
-        independence: "proved" or "probed" for a batch, empty for one example.
-    """
-
-    cuts: int
-    start: str = "the input"
-    opaque: tuple[str, ...] = ()
-    closed_scans: tuple[str, ...] = ()
-    side_inputs: tuple[str, ...] = ()
-    uncovered: tuple[str, ...] = ()
-    made_up_names: tuple[str, ...] = ()
-    independence: str = ""
-
-    def __str__(self) -> str:
-        notes = [f"starts at {self.start}"] if self.start != "the input" else []
-        for text, items in (
-            ("opaque", self.opaque),
-            ("one layer", self.closed_scans),
-            ("held as side inputs", self.side_inputs),
-            ("parameters in no layer", self.uncovered),
-            ("named by jaxgrad", self.made_up_names),
-        ):
-            notes += [f"{text}: {', '.join(items)}"] if items else []
-        notes += [f"examples independent ({self.independence})"] if self.independence else []
-        return "\n".join(f"  {note}" for note in notes)
-
-
-_jitted_run = jax.jit(
-    lambda program, constants, sides, state: program.run(constants, sides, state), static_argnums=0
-)
-
-
-def run_program(
-    program: Program, constants: State, sides: State, state: State
-) -> tuple[State, State]:
-    """Run a program, compiled once for all programs equal to it."""
-    return _jitted_run(program, constants, sides, state)
-
-
-def check_state(h: Any, program: Program, tree: Any, name: str) -> State:
-    """The leaves of a state, after a check of its structure and shapes."""
-    leaves, found = jax.tree.flatten(h)
-    expected = [program.table.avals[v] for v in program.before]
-    shapes = [tuple(np.shape(leaf)) for leaf in leaves]
-    wanted = [tuple(a.shape) for a in expected]
-    if found != tree or shapes != wanted:
-        raise ValueError(
-            f"layer {name!r}: expected a state of shape {_one_or_all(wanted)}, got "
-            f"{_one_or_all(shapes)}; states of this chain are made by chain.states(x)"
-        )
-    return tuple(jnp.asarray(leaf, a.dtype) for leaf, a in zip(leaves, expected, strict=True))
-
-
-def _check_input(leaves: list[Any], what: str) -> None:
+def _input_leaves(arg: Any, what: str) -> tuple[list[Any], Any]:
+    """The arrays of the chain's input, and its structure."""
+    leaves, treedef = jax.tree.flatten(arg)
     if not leaves:
         raise ValueError(
             f"factorize: {what} holds no array (it is None or an empty tree); pass the array, or "
             "choose another argument with argnum="
         )
-    for leaf in leaves:
+    found = []
+    for name, leaf in zip(leaf_labels(arg, ""), leaves, strict=True):
+        try:
+            found.append(jnp.asarray(leaf))
+        except TypeError:
+            where = f"the leaf {name!r} of {what}" if name else what
+            raise TypeError(
+                f"factorize: expected arrays to differentiate, and {where} is {leaf!r}, of type "
+                f"{type(leaf).__name__}. Close over what is no array, or pass it as an argument of "
+                "its own and choose the array's with argnum="
+            ) from None
+    for leaf in found:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
                 f"factorize: {what} is complex ({leaf.dtype}{list(leaf.shape)}), and a chain is of "
                 "real states. Pass real and imaginary parts as two real arrays and join them with "
                 "jax.lax.complex inside the function."
             )
-
-
-def _one_or_all(shapes: list[tuple[int, ...]]) -> Any:
-    return shapes[0] if len(shapes) == 1 else shapes
+    return found, treedef
 
 
 def factorize(
@@ -156,12 +55,11 @@ def factorize(
         raise ValueError(
             f"factorize(layers=): expected 'scopes', 'cuts' or an integer depth, got {mode!r}"
         )
-    if not 0 <= argnum < len(args):
+    if not -len(args) <= argnum < len(args):
         raise TypeError(f"factorize(argnum={argnum}): got {len(args)} arguments")
-    leaves, in_tree = jax.tree.flatten(args[argnum])
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    argnum %= len(args)
     what = f"argument {parameter_labels(fun, len(args))[argnum]!r}"
-    _check_input(leaves, what)
+    leaves, in_tree = _input_leaves(args[argnum], what)
 
     def of_input(*values: Any) -> Any:
         full = list(args)
@@ -227,6 +125,7 @@ class _Factorized:
                 group.segments[-1].after,
                 influenced,
                 table,
+                group.name,
             )
             for group in groups
         ]
@@ -333,13 +232,13 @@ def _fixed_values(
     return env
 
 
-def _scan_paths(block: Any, labels: names.Labels) -> dict[Value, names.Path]:
+def _scan_paths(block: Any, labels: names.Labels) -> dict[Value, Path]:
     """First output of each scan -> the layer path that its iterations repeat."""
     paths = {}
     for _, op in walk(block):
         if op.kind == "scan":
             inside = [labels.path[o] for _, o in walk(op.blocks[0]) if labels.path.get(o)]
-            paths[op.outputs[0]] = names.common_prefix(inside) or labels.path.get(op, ())
+            paths[op.outputs[0]] = common_prefix(inside) or labels.path.get(op, ())
     return paths
 
 
@@ -351,7 +250,7 @@ def _describe(
     block: Any,
 ) -> Graph:
     chained, table = made.chained, made.table
-    used = {name for uses in labels.uses.values() for name in uses}
+    used = {n for uses in (*labels.uses.values(), *labels.begins.values()) for n in uses}
     read = reading.read_values(block)
     sides = dict.fromkeys(v for program in made.programs for v in program.sides)
     start = "the input"

@@ -1,11 +1,12 @@
 """One straight line: calls inlined, scans unrolled where an iteration is a link of the chain."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgrad.graph import compat
 from jaxgrad.graph.ir import (
@@ -16,12 +17,15 @@ from jaxgrad.graph.ir import (
     Table,
     Value,
     clone,
+    renamed,
     substitute,
     value_inputs,
 )
 from jaxgrad.graph.names import Labels
 
 Iteration = tuple[tuple[int, int], ...]
+
+CALLBACKS = ("pure_callback", "io_callback")
 
 
 @dataclass(eq=False)
@@ -52,7 +56,10 @@ def inline(block: Block, labels: Labels, table: Table, inputs: Iterable[Value]) 
         table: the program's values.
         inputs: the values that depend on the chain's input at the block's entry.
     """
-    influenced = dependence(block.ops, table, inputs).influenced
+    return _inline(block, labels, dependence(block.ops, table, inputs).influenced)
+
+
+def _inline(block: Block, labels: Labels, influenced: set[Value]) -> Line:
     mapping: dict[Value, Ref] = {}
     ops: list[Op] = []
 
@@ -168,51 +175,103 @@ def unroll(line: Line, table: Table, inputs: list[Value], labels: Labels) -> Lin
     while True:
         line = replace(line, ops=needed_ops(line))
         depends = dependence(line.ops, table, inputs)
-        reasons = {op: _why_closed(op, line, depends) for op in line.ops if op.kind == "scan"}
+        reasons = _why_closed(line, depends)
         line.closed_scans = {op: why for op, why in reasons.items() if why}
-        todo = next((op for op, why in reasons.items() if why == ""), None)
-        if todo is None:
+        todo = {op for op, why in reasons.items() if why == ""}
+        if not todo:
             return line
-        line = _unrolled(line, todo, table, labels, depends)
+        line = _unroll_once(line, todo, table, labels, depends)
 
 
-def _why_closed(scan: Op, line: Line, depends: Dependence) -> str | None:
-    """Why a scan stays one operation: a sentence; "" if it can be unrolled; None if nobody asks."""
-    first = scan.num_consts + scan.num_carry
-    smooth_in = [isinstance(ref, int) and ref in depends.smooth for ref in scan.inputs]
-    if not any(v in depends.smooth for v in scan.outputs):
-        return None
-    if any(smooth_in[first:]):
-        return "its per-step inputs depend on the chain's input"
-    if any(smooth_in[: scan.num_consts]):
-        return "every iteration reads a value that depends on the chain's input"
-    position = line.ops.index(scan)
-    later = {v for op in line.ops[position + 1 :] for v in value_inputs(op)}
-    later |= {ref for ref in line.outputs if not isinstance(ref, Lit)}
-    stacked = scan.outputs[scan.num_carry :]
-    if any(v in later and v in depends.smooth for v in stacked):
-        return "its stacked outputs are used and depend on the chain's input"
-    inside = {v for op in line.ops[position:] for v in op.outputs}
-    used_later = {
-        v
-        for op in line.ops[position + 1 :]
-        if any(o in depends.smooth for o in op.outputs)
-        for v in value_inputs(op)
-    } | {ref for ref in line.outputs if not isinstance(ref, Lit)}
-    if any(v in depends.smooth and v not in inside for v in used_later):
-        return "another value that depends on the chain's input lives across it"
-    return ""
+def _why_closed(line: Line, depends: Dependence) -> dict[Op, str]:
+    """Why each scan stays one operation: a sentence, or "" if it can be unrolled.
+
+    Scans that no gradient passes are left out: nobody asks.
+    """
+    ends = {ref for ref in line.outputs if not isinstance(ref, Lit)}
+    last, across = _lifetimes(line, depends, ends)
+    reasons = {}
+    for position, scan in enumerate(line.ops):
+        if scan.kind != "scan" or not any(v in depends.smooth for v in scan.outputs):
+            continue
+        first = scan.num_consts + scan.num_carry
+        smooth_in = [isinstance(ref, int) and ref in depends.smooth for ref in scan.inputs]
+        stacked = [v for v in scan.outputs[scan.num_carry :] if v in depends.smooth]
+        if any(smooth_in[first:]):
+            reasons[scan] = "its per-step inputs depend on the chain's input"
+        elif any(smooth_in[: scan.num_consts]):
+            reasons[scan] = "every iteration reads a value that depends on the chain's input"
+        elif any(last.get(v, -1) > position for v in stacked):
+            reasons[scan] = "its stacked outputs are used and depend on the chain's input"
+        elif across[position]:
+            reasons[scan] = "another value that depends on the chain's input lives across it"
+        else:
+            reasons[scan] = ""
+    return reasons
 
 
-def _unrolled(line: Line, scan: Op, table: Table, labels: Labels, depends: Dependence) -> Line:
-    position = line.ops.index(scan)
+def _lifetimes(
+    line: Line, depends: Dependence, ends: set[Value]
+) -> tuple[dict[Value, int], np.ndarray]:
+    """Position of each value's last reader, and how many smooth values live across each position.
+
+    For the second only readers count through which a gradient passes.
+    """
+    end = len(line.ops)
+    made: dict[Value, int] = {}
+    last, last_smooth = dict.fromkeys(ends, end), dict.fromkeys(ends, end)
+    for i in range(end - 1, -1, -1):
+        op = line.ops[i]
+        made |= dict.fromkeys(op.outputs, i)
+        smooth = any(v in depends.smooth for v in op.outputs)
+        for v in value_inputs(op):
+            _ = last.setdefault(v, i)
+            if smooth:
+                _ = last_smooth.setdefault(v, i)
+    steps = np.zeros(end + 2, int)
+    for v, until in last_smooth.items():
+        begin = made.get(v, -1)
+        if v in depends.smooth and until > begin:  # across those strictly between
+            steps[begin + 1] += 1
+            steps[until] -= 1
+    return last, np.cumsum(steps)
+
+
+def _unroll_once(
+    line: Line, todo: set[Op], table: Table, labels: Labels, depends: Dependence
+) -> Line:
+    """Unroll the scans in `todo`; those inside them are next."""
+    known = Dependence(set(depends.influenced), set(depends.smooth))
+    renames: dict[Value, Ref] = {}
+    ops: list[Op] = []
+    marks = dict(line.marks)
+    for op in line.ops:
+        new = op
+        if any(v in renames for v in value_inputs(op)):
+            new = renamed(op, renames)
+            _copy_labels(op, new, labels)
+        if op in todo:
+            carry = _unrolled(new, ops, marks, table, labels, known)
+            renames |= dict(zip(op.outputs, carry, strict=False))
+        else:
+            ops.append(new)
+    marks = {m: tuple(substitute(ref, renames) for ref in refs) for m, refs in marks.items()}
+    return Line(ops, [substitute(ref, renames) for ref in line.outputs], marks)
+
+
+def _unrolled(
+    scan: Op,
+    ops: list[Op],
+    marks: dict[Iteration, tuple[Ref, ...]],
+    table: Table,
+    labels: Labels,
+    known: Dependence,
+) -> tuple[Ref, ...]:
+    """Append a scan's iterations to `ops`; returns what it carries out of the last one."""
     inner, first = scan.blocks[0], scan.num_consts + scan.num_carry
     constants, carry = scan.inputs[: scan.num_consts], scan.inputs[scan.num_consts : first]
     order = range(scan.length)
-    ops: list[Op] = []
-    marks = dict(line.marks)
     stacks: list[dict[int, Ref]] = [{} for _ in scan.outputs[scan.num_carry :]]
-    influenced = set(depends.influenced)
     for k in reversed(order) if scan.eqn.params["reverse"] else order:
         mark = (*scan.iteration, (scan.outputs[0], k))
         slices = [_index(ref, k, table, mark) for ref in scan.inputs[first:]]
@@ -221,25 +280,15 @@ def _unrolled(line: Line, scan: Op, table: Table, labels: Labels, depends: Depen
         )
         body = clone(inner, table, mapping, lambda op, mark=mark: replace(op, iteration=mark))
         _copy_block_labels(inner.ops, body.ops, labels)
-        influenced |= dependence(body.ops, table, influenced).influenced
-        inlined = inline(body, labels, table, influenced)
-        iteration_ops = [*slices, *inlined.ops]
-        carry = tuple(inlined.outputs[: scan.num_carry])
-        marks[mark] = carry
+        _follow(body.ops, table, known)
+        inlined = _inline(body, labels, known.influenced)
+        ops += [*slices, *inlined.ops]
+        carry = marks[mark] = tuple(inlined.outputs[: scan.num_carry])
         for n, ref in enumerate(inlined.outputs[scan.num_carry :]):
             stacks[n][k] = ref
-        ops += iteration_ops
-    renames = dict(zip(scan.outputs, carry, strict=False))
     for value, pieces in zip(scan.outputs[scan.num_carry :], stacks, strict=True):
         ops.append(_stack(value, [pieces[k] for k in range(scan.length)], scan))
-    rest = []
-    for op in line.ops[position + 1 :]:
-        new = replace(op, inputs=tuple(substitute(ref, renames) for ref in op.inputs))
-        _copy_labels(op, new, labels)
-        rest.append(new)
-    outputs = [substitute(ref, renames) for ref in line.outputs]
-    marks = {m: tuple(substitute(ref, renames) for ref in refs) for m, refs in marks.items()}
-    return Line([*line.ops[:position], *ops, *rest], outputs, marks)
+    return carry
 
 
 def _copy_block_labels(old: Iterable[Op], new: Iterable[Op], labels: Labels) -> None:
@@ -259,15 +308,34 @@ def _stack(value: Value, refs: list[Ref], scan: Op) -> Op:
     return Op("stack", "stack", tuple(refs), (value,), None, scope=scan.scope)
 
 
-def run_op(op: Op, values: list[Any]) -> list[Any]:
-    """Run one operation of a line."""
+def run_op(op: Op, values: list[Any], layer: str = "") -> list[Any]:
+    """Run one operation of a line; `layer` is named if there is no derivative of it."""
     if op.kind == "index":
         if isinstance(values[0], compat.Tracer):
             return [jax.lax.index_in_dim(values[0], op.length, keepdims=False)]
         return [_entry(values[0], op.length)]
     if op.kind == "stack":
         return [jnp.stack(values)]
+    if op.name in CALLBACKS:
+        return guarded_callback(op, layer)(*values)
     return compat.bind(op.eqn, values)
+
+
+def guarded_callback(op: Op, layer: str) -> Callable[..., list[Any]]:
+    """A call to Python; who differentiates it is told which layer makes it."""
+    run = jax.custom_jvp(lambda *values: compat.bind(op.eqn, values))
+
+    @run.defjvp
+    def derivative(primals: Any, tangents: Any) -> Any:
+        del primals, tangents
+        line = compat.source_line(op.eqn)
+        raise ValueError(
+            f"layer {layer!r} calls Python by {op.name}" + (f" ({line})" if line else "")
+            + ", which has no derivative; give the function that calls it a rule of its own with "
+            "jax.custom_jvp or jax.custom_vjp"
+        )  # fmt: skip
+
+    return run
 
 
 @jax.jit

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrad.graph import capture, flatten, names
-from jaxgrad.graph.factorization import Link, Run, run_program
 from jaxgrad.graph.ir import Value
+from jaxgrad.graph.links import Link, Run, run_program
 from jaxgrad.graph.program import Program, State
 
 

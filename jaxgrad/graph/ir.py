@@ -42,6 +42,9 @@ class Op:
         blocks: the opened sub-programs of this call.
         scope: names of the enclosing scopes, outermost first, those of the callers included.
         iteration: `(scan, k)` marks of an unrolled scan, outermost first.
+        derivative: "forward" or "backward" for an operation of a derivative that the program takes
+            itself (a gradient penalty, an inner training step), the calls around it included;
+            else "".
     """
 
     kind: str
@@ -55,6 +58,7 @@ class Op:
     num_carry: int = 0
     length: int = 0
     iteration: tuple[tuple[int, int], ...] = ()
+    derivative: str = ""
 
 
 @dataclass(frozen=True, eq=False)

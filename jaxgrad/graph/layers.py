@@ -16,12 +16,14 @@ import numpy as np
 from jaxgrad.graph.cuts import Chained, Segment
 from jaxgrad.graph.flatten import Iteration
 from jaxgrad.graph.ir import Table, Value, is_float_dtype, value_inputs
-from jaxgrad.graph.names import Labels, Path, common_prefix, unique
+from jaxgrad.graph.names import Labels
+from jaxgrad.graph.paths import Path, common_prefix, unique
 
 _PRODUCTS = {"dot_general", "conv_general_dilated", "gather"}
 # A module that closes more residual sums than this is a container of blocks written inline, not a
 # block.
 _MOST_SUMS_OF_A_BLOCK = 4
+_MOST_JOINED = 6  # more modules that share a layer are not all told in its name
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +143,9 @@ def _by_module(links: Sequence[_Link]) -> Callable[[_Link], Path]:
 
 def _beside(link: _Link) -> Path:
     """A label for a link whose parts share no module: the parts side by side."""
-    heads = dict.fromkeys(part[0] for part in link.parts)
+    heads = list(dict.fromkeys(part[0] for part in link.parts))
+    if len(heads) > _MOST_JOINED:
+        heads = [*heads[:2], f"{len(heads) - 3} more", heads[-1]]
     return ("+".join(heads),) if heads else ()
 
 

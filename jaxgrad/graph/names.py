@@ -10,18 +10,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, value_inputs, walk
-
-Path = tuple[str, ...]
+from jaxgrad.graph.following import follow
+from jaxgrad.graph.ir import Block, Op, Table, Value, walk
+from jaxgrad.graph.paths import Path, common_prefix, module_of
 
 # Scopes that name a class or an operation and not one module of the model.
 _CLASS_SCOPE = re.compile(r"^(eqx|equinox)\.|->|^\$|^(checkpoint|rematted_computation|named)$")
-# Elementwise arithmetic that keeps a constant operand from turning a weight into data (a mask on a
-# weight).
-_SHAPING = {"mul", "add", "sub", "div", "select_n", "max", "min", "concatenate", "pad"}
-_SHAPING |= {"dynamic_slice", "dynamic_update_slice"}
-# The collection in which flax keeps its parameters: no module of the model.
-_COLLECTIONS = ("params", "param", "batch_stats", "state")
 
 
 @dataclass(eq=False)
@@ -31,53 +25,24 @@ class Labels:
     Attributes:
         path: operation -> path of the layer it belongs to; absent where nothing names it.
         uses: operation -> names of the parameter leaves that it mixes with data.
+        begins: loop -> names of the parameter leaves that what it carries begins with.
         taps: value -> name that the user gave it.
         by_scope: operations whose path comes from a scope.
         root: the scope of the whole model; its own operations have the path `()`.
         named: values that are computed from named parameters alone.
-        penalties: those of them that sum parameters up to one number.
+        gradients: values that are computed from an inner gradient alone.
+        fed: values that depend on a named parameter.
     """
 
     path: dict[Op, Path] = field(default_factory=dict)
     uses: dict[Op, frozenset[str]] = field(default_factory=dict)
+    begins: dict[Op, frozenset[str]] = field(default_factory=dict)
     taps: dict[Value, str] = field(default_factory=dict)
     by_scope: set[Op] = field(default_factory=set)
     root: Path = ()
     named: set[Value] = field(default_factory=set)
-    penalties: set[Value] = field(default_factory=set)
-
-
-def module_of(leaf: str) -> Path:
-    """The path of the module that owns a leaf: `"block/mlp/kernel"` -> `("block", "mlp")`.
-
-    A leaf at the root is its own module. Flax's collection `params` is no module.
-    """
-    parts = tuple(leaf.split("/"))
-    if len(parts) > 1 and parts[0] in _COLLECTIONS:
-        parts = parts[1:]
-    parts = tuple(part for part in parts if part != "~")
-    if len(parts) == 1:  # `[0][1]`, a list of tuples: the owner is `[0]`
-        indices = re.findall(r"\[[^\]]*\]", parts[0])
-        head = parts[0][: parts[0].find("[")] if indices else parts[0]
-        return (head + "".join(indices[:-1]),) if len(indices) > 1 else parts
-    last = parts[-1]
-    if (
-        last.endswith("]") and "[" in last and not last.startswith("[")
-    ):  # block/w[0]: a list of leaves
-        return (*parts[:-1], last[: last.find("[")])
-    return parts[:-1]
-
-
-def common_prefix(paths: Iterable[Path]) -> Path:
-    """The longest path that all paths begin with."""
-    paths = list(paths)
-    if not paths:
-        return ()
-    shortest = min(paths, key=len)
-    for i, part in enumerate(shortest):
-        if any(path[i] != part for path in paths):
-            return shortest[:i]
-    return shortest
+    gradients: set[Value] = field(default_factory=set)
+    fed: set[Value] = field(default_factory=set)
 
 
 def label(block: Block, table: Table, parameters: dict[Value, str]) -> Labels:
@@ -88,10 +53,9 @@ def label(block: Block, table: Table, parameters: dict[Value, str]) -> Labels:
         table: its values.
         parameters: value -> name of the parameter leaf, for inputs and constants of the block.
     """
-    labels = Labels()
-    roles = {v: frozenset([n]) for v, n in parameters.items()}
-    _uses(block, roles, set(table.constants), table, labels)
-    labels.named = set(roles)
+    known = follow(block, table, parameters)
+    labels = Labels(uses=known.uses, begins=known.begins)
+    labels.named, labels.gradients, labels.fed = set(known.owners), known.gradients, known.fed
     ambiguous = _ambiguous_scopes(block, labels)
     root = labels.root = _root_scope(block, ambiguous)
     for _, op in walk(block):
@@ -99,6 +63,7 @@ def label(block: Block, table: Table, parameters: dict[Value, str]) -> Labels:
             labels.taps[op.outputs[0]] = op.eqn.params["name"]
         scope = _clean(op.scope, ambiguous)
         modules = {module_of(name) for name in labels.uses.get(op, ())}
+        modules = {known.applied[op]} if op in known.applied else modules
         if scope and (scope != root or not modules):
             labels.path[op] = scope[len(root) :]
             labels.by_scope.add(op)
@@ -119,95 +84,6 @@ def label_calls(ops: Iterable[Op], labels: Labels) -> None:
             labels.uses[op] = leaves
         if paths and not labels.path.get(op):
             labels.path[op] = common_prefix(paths) or min(paths)
-
-
-def _uses(
-    block: Block,
-    roles: dict[Value, frozenset[str]],
-    neutral: set[Value],
-    table: Table,
-    labels: Labels,
-) -> None:
-    """Follow parameters.
-
-    `roles` holds the values that are computed from parameters alone, `neutral` those from constants
-    alone.
-    """
-    for op in block.ops:
-        inputs = value_inputs(op)
-        named = [roles[v] for v in inputs if v in roles]
-        names = frozenset().union(*named)
-        others = [v for v in inputs if v not in roles]
-        shaping = op.name in _SHAPING and all(v in neutral for v in others)
-        if names and (not others or shaping):
-            roles |= dict.fromkeys(op.outputs, names)
-            if _is_penalty(op, inputs, labels.penalties, table):
-                labels.penalties.update(op.outputs)
-        elif names and not op.blocks:
-            weights = [roles[v] for v in inputs if v in roles and v not in labels.penalties]
-            if weights:
-                labels.uses[op] = frozenset().union(*weights)
-        elif not op.blocks and all(v in neutral and v not in table.constants for v in others):
-            neutral |= set(op.outputs)
-        for inner in op.blocks:
-            _pass_neutral(op, inner, neutral, table)
-            _uses(inner, _inner_roles(op, inner, roles, labels.penalties), neutral, table, labels)
-            _leave(op, inner, roles, neutral, labels.penalties)
-
-
-def _leave(
-    op: Op,
-    inner: Block,
-    roles: dict[Value, frozenset[str]],
-    neutral: set[Value],
-    penalties: set[Value],
-) -> None:
-    """What a call returns is what its body made it."""
-    if op.kind not in ("jit", "remat"):
-        return
-    for outer, ref in zip(op.outputs, inner.outputs, strict=True):
-        if not isinstance(ref, Lit) and ref in roles:
-            roles[outer] = roles[ref]
-        for known in (neutral, penalties):
-            if not isinstance(ref, Lit) and ref in known:
-                known.add(outer)
-
-
-def _is_penalty(op: Op, inputs: Sequence[Value], penalties: set[Value], table: Table) -> bool:
-    """Whether parameters become one number here (an L2 norm), or did before.
-
-    Such a number is added to a loss, or divides a weight; data that it meets is no layer's output.
-    """
-    shapes = [getattr(table.avals[v], "shape", ()) for v in inputs]
-    reduced = op.name.startswith(("reduce_", "dot_general")) and any(shapes)
-    scalar = all(getattr(table.avals[v], "shape", None) == () for v in op.outputs)
-    passed_on = [v for v in inputs if v in penalties]
-    rest = [v for v, shape in zip(inputs, shapes, strict=True) if v not in penalties and shape]
-    return (reduced and scalar) or (bool(passed_on) and not rest)
-
-
-def _pass_neutral(op: Op, inner: Block, neutral: set[Value], table: Table) -> None:
-    """Constants stay constants inside a call; of what a loop carries, only its integer counter."""
-    arguments = op.inputs[1:] if op.kind == "cond" else op.inputs
-    carried = range(op.num_consts, op.num_consts + op.num_carry)
-    for i, (value, ref) in enumerate(zip(inner.inputs, arguments, strict=True)):
-        constant = isinstance(ref, Lit) or ref in neutral
-        counter = not table.avals[value].shape and not table.is_float(value)
-        if constant and (i not in carried or counter):
-            neutral.add(value)
-
-
-def _inner_roles(
-    op: Op, inner: Block, roles: dict[Value, frozenset[str]], penalties: set[Value]
-) -> dict[Value, frozenset[str]]:
-    arguments = op.inputs[1:] if op.kind == "cond" else op.inputs
-    carried = range(op.num_consts, op.num_consts + op.num_carry)
-    for i, (value, ref) in enumerate(zip(inner.inputs, arguments, strict=True)):
-        if not isinstance(ref, Lit) and ref in roles and i not in carried:
-            roles[value] = roles[ref]
-            if ref in penalties:
-                penalties.add(value)
-    return roles
 
 
 def _clean(scope: Path, ambiguous: set[Path]) -> Path:
@@ -254,6 +130,8 @@ def _ambiguous_scopes(block: Block, labels: Labels) -> set[Path]:
     own: dict[Path, set[str]] = defaultdict(set)
     current: Path = ()
     for _, op in walk(block):
+        if op.derivative == "backward":
+            continue
         own[op.scope] |= labels.uses.get(op, frozenset())
         for depth in range(1, len(op.scope) + 1):
             prefix = op.scope[:depth]
@@ -273,13 +151,3 @@ def _repeated(names: set[str]) -> bool:
     """Whether every parameter has a counterpart in another index: one scope, many modules."""
     shapes = Counter(re.sub(r"\[\d+\]", "[]", name, count=1) for name in names)
     return bool(shapes) and min(shapes.values()) > 1
-
-
-def unique(names: Sequence[str]) -> list[str]:
-    """Number repeated names, in order: `x, x` becomes `x, x#2`."""
-    seen: Counter[str] = Counter()
-    result = []
-    for name in names:
-        seen[name] += 1
-        result.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return result

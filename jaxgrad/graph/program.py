@@ -32,6 +32,7 @@ class Program:
             `stop_gradient`.
         side_outputs: values made here that later programs take as sides.
         literals: the floating-point scalars written into the operations, lifted to arguments.
+        name: the layer's, for errors; equal programs may have different ones.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Program:
         after: Sequence[Ref],
         influenced: set[Value],
         table: Table,
+        name: str = "",
     ) -> None:
         self.ops, self.before, self.after = tuple(ops), tuple(before), tuple(after)
         self.side_outputs: tuple[Value, ...] = ()
-        self.table = table
+        self.table, self.name = table, name
         made = {v for op in ops for v in op.outputs} | set(before)
         outside = dict.fromkeys(v for op in ops for v in value_inputs(op) if v not in made)
         outside |= dict.fromkeys(v for v in after if not isinstance(v, Lit) and v not in made)
@@ -74,7 +76,7 @@ class Program:
             return next(literals) if _is_lifted(ref) else ref.value
 
         for op in self.ops:
-            outputs = run_op(op, [read(ref) for ref in op.inputs])
+            outputs = run_op(op, [read(ref) for ref in op.inputs], self.name)
             env.update(zip(op.outputs, outputs, strict=True))
         after = tuple(ref.value if isinstance(ref, Lit) else env[ref] for ref in self.after)
         return after, tuple(env[v] for v in self.side_outputs)

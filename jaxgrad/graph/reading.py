@@ -1,16 +1,65 @@
 """What a captured program says about itself: opaque regions and parameters that no site covers."""
 
+from dataclasses import dataclass
+
 from jaxgrad.graph import compat
 from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, value_inputs, walk
 from jaxgrad.graph.names import Labels
 from jaxgrad.graph.sites import Site
+
+# What an operation that is not looked into keeps to itself, where its name does not say it.
+_MEANING = {
+    "shard_map": "what each device runs is one layer, without rows inside",
+    "pure_callback": "Python code, without a derivative",
+    "io_callback": "Python code, without a derivative",
+}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What was found while a function was factorized.
+
+    Attributes:
+        cuts: number of cuts, input and output included.
+        start: what the first state is.
+        opaque: operations that were not looked into: they are run, and differentiated by their own
+            rules, as a part of one layer.
+        closed_scans: scans that are one layer, each with the reason.
+        side_inputs: values that layers take besides the state.
+        uncovered: parameters that no named layer uses.
+        made_up_names: layers that nothing named.
+        independence: "proved" or "probed" for a batch, empty for one example.
+    """
+
+    cuts: int
+    start: str = "the input"
+    opaque: tuple[str, ...] = ()
+    closed_scans: tuple[str, ...] = ()
+    side_inputs: tuple[str, ...] = ()
+    uncovered: tuple[str, ...] = ()
+    made_up_names: tuple[str, ...] = ()
+    independence: str = ""
+
+    def __str__(self) -> str:
+        notes = [f"starts at {self.start}"] if self.start != "the input" else []
+        for text, items in (
+            ("opaque", self.opaque),
+            ("one layer", self.closed_scans),
+            ("held as side inputs", self.side_inputs),
+            ("parameters in no layer", self.uncovered),
+            ("named by jaxgrad", self.made_up_names),
+        ):
+            notes += [f"{text}: {', '.join(items)}"] if items else []
+        notes += [f"examples independent ({self.independence})"] if self.independence else []
+        return "\n".join(f"  {note}" for note in notes)
 
 
 def opaque_regions(block: Block, table: Table, labels: Labels) -> tuple[str, ...]:
     """Operations that jaxgrad runs but does not look into, with layer and source line."""
     found = []
     for _, op in walk(block):
-        if op.kind == "opaque" and any(table.is_float(v) for v in op.outputs) and not _is_small(op):
+        opaque = op.kind == "opaque" or op.name in _MEANING
+        if opaque and any(table.is_float(v) for v in op.outputs) and not _is_small(op):
             found.append(describe(op, labels))
     return tuple(dict.fromkeys(found))
 
@@ -27,12 +76,13 @@ def _is_small(op: Op) -> bool:
 
 
 def describe(op: Op, labels: Labels) -> str:
-    """`primitive in layer (file:line)`."""
+    """`primitive in layer (file:line)`, and what it means where that is not plain."""
     where = "/".join(labels.path.get(op, ()))
     line = compat.source_line(op.eqn)
     name = op.eqn.params.get("name") or op.name
     text = f"{op.name} {name!r}" if name != op.name else op.name
-    return text + (f" in {where}" if where else "") + (f" ({line})" if line else "")
+    text += (f" in {where}" if where else "") + (f" ({line})" if line else "")
+    return f"{text}: {_MEANING[op.name]}" if op.name in _MEANING else text
 
 
 def read_values(block: Block) -> set[Value]:
@@ -55,12 +105,15 @@ def uncovered(
     """Parameter leaves that no site's layer uses, or that nothing uses at all."""
     read = read_values(block)
     covered = {name for site in sites for name in site.parameters}
-    covered |= {
-        name
-        for op, names in labels.uses.items()
-        for name in names
-        if any(labels.path.get(op, ())[: len(s.path)] == s.path for s in sites)
-    }
+    rows = {site.path for site in sites}
+    for op, names in labels.uses.items():
+        path = labels.path.get(op, ())
+        if any(path[:depth] in rows for depth in range(len(path) + 1)):
+            covered |= names
+    tensors = {site.value for site in sites}
+    for op, names in labels.begins.items():  # a learned initial state: the loop's rows are its own
+        if any(v in tensors for b in op.blocks for _, o in walk(b) for v in o.outputs):
+            covered |= names
     return tuple(
         name if value in read else f"{name} (unused)"
         for value, name in parameters.items()

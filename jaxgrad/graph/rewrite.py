@@ -39,6 +39,7 @@ class Tapped:
 
     def __init__(self, table: Table, sites: dict[Value, int], tap: Tap, blank: Any = None) -> None:
         self.table, self.sites, self.tap, self.blank = table, sites, tap, blank
+        self.shared_tap = _shared(tap)
 
     def run(
         self, block: Block, args: Sequence[Any], slots: dict[int, Any]
@@ -65,12 +66,13 @@ class Tapped:
                 outputs, inner = self._call(op, values, {s: slots[s] for s in inside})
                 records |= inner
             else:
-                outputs = compat.bind(op.eqn, values)
+                bind = compat.bind_shared if op.kind == "plain" else compat.bind
+                outputs = bind(op.eqn, values)
             env.update(zip(op.outputs, outputs, strict=True))
             for value in op.outputs:
                 if value in self.sites:
                     site = self.sites[value]
-                    env[value], records[site] = self.tap(env[value], slots[site])
+                    env[value], records[site] = self.shared_tap(env[value], slots[site])
             for value in value_inputs(op):  # free what nothing reads any more
                 if last[value] == i and value not in keep:
                     env.pop(value, None)
@@ -166,6 +168,15 @@ class _Identity:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(tap: Tap) -> Tap:
+    """The tap as a call: traced, differentiated and lowered once for all tensors of one type.
+
+    XLA inlines it; only the time to get there shrinks.
+    """
+    return jax.jit(tap)
 
 
 def _outputs_of(block: Block) -> list[Value]:

@@ -3,16 +3,37 @@
 A site is a tensor that leaves a layer: a value made under a scope and read outside it, the last
 value that uses a module's parameters, the sum that closes a residual branch, what a scan carries to
 its next iteration, or a value that the user named. A site inside a scan gives a row an iteration.
+
+Sites are activations. A loss may differentiate on its own account (a gradient penalty, an inner
+training step, a PINN's u_x): what its backward passes compute is no site, nor are the tangents, nor
+the parameters that it updates. The forward pass of an inner derivative has a layer's site only if
+the layer has none elsewhere and the loss reads the tensor.
 """
 
+import functools
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, is_real_dtype, reach, value_inputs, walk
-from jaxgrad.graph.names import Labels, Path, common_prefix, unique
+from jaxgrad.graph.ir import (
+    Block,
+    Lit,
+    Op,
+    Table,
+    Value,
+    is_float_dtype,
+    is_real_dtype,
+    reach,
+    value_inputs,
+    walk,
+)
+from jaxgrad.graph.names import Labels
+from jaxgrad.graph.paths import Path, common_prefix, unique
+from jaxgrad.graph.visits import Branches, Readers, module_visits
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,7 @@ class Site:
         shape: shape of one iteration's tensor.
         dtype: its dtype, as a string.
         parameters: names of the parameter leaves of the layer.
+        inside_derivative: whether the tensor belongs to the forward pass of an inner derivative.
     """
 
     value: Value
@@ -37,6 +59,7 @@ class Site:
     shape: tuple[int, ...]
     dtype: str
     parameters: tuple[str, ...] = ()
+    inside_derivative: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -50,10 +73,22 @@ class _Planner:
     labels: Labels
     found: dict[Value, Site]
 
+    @functools.cached_property
+    def leaves(self) -> dict[Path, tuple[str, ...]]:
+        """Path of a layer -> the parameter leaves that it uses."""
+        found: dict[Path, set[str]] = defaultdict(set)
+        for op, names in self.labels.uses.items():
+            if op in self.labels.path:
+                found[self.labels.path[op]].update(names)
+        return {path: tuple(sorted(names)) for path, names in found.items()}
+
     def leaves_of(self, path: Path) -> tuple[str, ...]:
         """The parameter leaves that a layer uses."""
-        uses = self.labels.uses.items()
-        return tuple(sorted({n for op, ns in uses if self.labels.path.get(op) == path for n in ns}))
+        return self.leaves.get(path, ())
+
+    def used_by(self, site: Site) -> tuple[str, ...]:
+        """The parameter leaves of a site's layer."""
+        return site.parameters or self.leaves_of(site.path)
 
 
 @dataclass(frozen=True)
@@ -64,6 +99,7 @@ class _Place:
     scans: tuple[tuple[int, Path, int, bool], ...] = ()
     scope: Path | None = None
     carry: int = 0  # how many of the block's first outputs a scan carries on
+    unread: frozenset[Value] = frozenset()  # outputs that only a backward pass reads
 
 
 def plan_sites(block: Block, table: Table, labels: Labels) -> list[Site]:
@@ -81,17 +117,32 @@ def plan_sites(block: Block, table: Table, labels: Labels) -> list[Site]:
     _plan_block(block, _Place(), planner)
     if not planner.found:
         for i, op in enumerate(block.ops):
-            for value in op.outputs:
-                _add(planner, value, (f"{op.name}[{i}]",), _Place(), i)
-    _drop_bookkeeping(block, planner)
-    sites = sorted(planner.found.values(), key=lambda site: site.order)
-    return [replace(s, parameters=s.parameters or planner.leaves_of(s.path)) for s in sites]
-
-
-def _drop_bookkeeping(block: Block, planner: _Planner) -> None:
-    """A layer's value that only `aux` reads (a running mean) is no row beside its output."""
+            for value in op.outputs if op.derivative != "backward" else ():
+                _add(planner, value, (f"{op.name}[{i}]",), _Place(), (i, op))
     reaching: set[Value] = set()
     reach(block, block.outputs[:1], reaching)
+    _drop_bookkeeping(reaching, planner)
+    _drop_second_passes(reaching, planner)
+    sites = sorted(planner.found.values(), key=lambda site: site.order)
+    return [replace(site, parameters=planner.used_by(site)) for site in sites]
+
+
+def _drop_second_passes(reaching: set[Value], planner: _Planner) -> None:
+    """Of the forward passes in inner derivatives a layer keeps the first, if it has no other."""
+    inside = [site for site in planner.found.values() if site.inside_derivative]
+    elsewhere = [site for site in planner.found.values() if not site.inside_derivative]
+    seen = {site.path for site in elsewhere}
+    used = {name for site in elsewhere for name in planner.used_by(site)}
+    for site in sorted(inside, key=lambda site: site.order):
+        names = planner.used_by(site)
+        known = site.path in seen or (bool(names) and used.issuperset(names))
+        if known or site.value not in reaching:
+            del planner.found[site.value]
+        seen.add(site.path)
+
+
+def _drop_bookkeeping(reaching: set[Value], planner: _Planner) -> None:
+    """A layer's value that only `aux` reads (a running mean) is no row beside its output."""
     outputs = {site.path for value, site in planner.found.items() if value in reaching}
     for value, site in list(planner.found.items()):
         beside = any(site.path[:n] in outputs for n in range(1, len(site.path)))
@@ -139,51 +190,52 @@ def _row_name(site: Site, index: tuple[int, ...]) -> str:
 
 def _plan_block(block: Block, place: _Place, planner: _Planner) -> None:
     labels = planner.labels
-    readers = _readers(block)
+    readers = _readers(block, place)
     for i, op in enumerate(block.ops):
+        if op.derivative == "backward":
+            continue
         for inner in op.blocks:
-            _plan_block(inner, _inside(op, inner, i, place, labels), planner)
+            _plan_block(inner, _inside(op, inner, i, place, planner, readers), planner)
         for value in op.outputs:
             if value in labels.taps:
-                _add(planner, value, (labels.taps[value],), place, i)
+                _add(planner, value, (labels.taps[value],), place, (i, op))
             elif _leaves_scope(op, value, readers, place, labels) and not _inner_site(
                 op, value, planner
             ):
-                _add(planner, value, labels.path[op] or (labels.root or ("output",))[-1:], place, i)
-    _plan_parameters(block, place, readers, planner)
+                path = labels.path[op] or (labels.root or ("output",))[-1:]
+                _add(planner, value, path, place, (i, op))
+    _plan_modules(block, place, readers, planner)
     _let_taps_replace(block, readers, planner)
     if place.carry:
         _plan_carry(block, place, planner)
 
 
-def _let_taps_replace(
-    block: Block, readers: dict[Value, list[Op | None]], planner: _Planner
-) -> None:
+def _let_taps_replace(block: Block, readers: Readers, planner: _Planner) -> None:
     """A tensor that the user named right away is one row, under the user's name."""
     for op in block.ops:
         tap = op.outputs[0] if op.name == "name" else None
         source = next(iter(value_inputs(op)), None)
         if tap in planner.found and source in planner.found and readers[source] == [op]:
             layer = planner.found.pop(source)
-            used = layer.parameters or planner.leaves_of(layer.path)
-            planner.found[tap] = replace(planner.found[tap], parameters=used)
+            planner.found[tap] = replace(planner.found[tap], parameters=planner.used_by(layer))
 
 
-def _readers(block: Block) -> dict[Value, list[Op | None]]:
-    """Value -> the operations that read it; None stands for the block's own output."""
-    readers: dict[Value, list[Op | None]] = defaultdict(list)
+def _readers(block: Block, place: _Place = _Place()) -> Readers:
+    """Value -> the operations that read it; None stands for the block's own output.
+
+    What an inner backward pass reads (a residual) has not left its layer for that.
+    """
+    readers: Readers = defaultdict(list)
     for op in block.ops:
-        for value in value_inputs(op):
+        for value in value_inputs(op) if op.derivative != "backward" else ():
             readers[value].append(op)
     for ref in block.outputs:
-        if not isinstance(ref, Lit):
+        if not isinstance(ref, Lit) and ref not in place.unread:
             readers[ref].append(None)
     return readers
 
 
-def _leaves_scope(
-    op: Op, value: Value, readers: dict[Value, list[Op | None]], place: _Place, labels: Labels
-) -> bool:
+def _leaves_scope(op: Op, value: Value, readers: Readers, place: _Place, labels: Labels) -> bool:
     if op not in labels.by_scope or op.name == "name":
         return False
     path = labels.path[op]
@@ -204,19 +256,16 @@ def _inner_site(op: Op, value: Value, planner: _Planner) -> bool:
     return not isinstance(ref, Lit) and ref in planner.found
 
 
-def _inside(op: Op, inner: Block, i: int, place: _Place, labels: Labels) -> _Place:
-    scans = place.scans
+def _inside(
+    op: Op, inner: Block, i: int, place: _Place, planner: _Planner, readers: Readers
+) -> _Place:
+    scans, labels = place.scans, planner.labels
     if op.kind == "scan":
-        scans = (
-            *scans,
-            (
-                len(place.order),
-                _scan_path(op, inner, labels),
-                op.length,
-                bool(op.eqn.params["reverse"]),
-            ),
-        )
-    return _Place((*place.order, i), scans, labels.path.get(op), op.num_carry)
+        path = _scan_path(op, inner, labels)
+        scans = (*scans, (len(place.order), path, op.length, bool(op.eqn.params["reverse"])))
+    pairs = zip(op.outputs, inner.outputs, strict=True) if op.derivative else ()
+    unread = frozenset(ref for v, ref in pairs if v not in readers)
+    return _Place((*place.order, i), scans, labels.path.get(op), op.num_carry, unread)
 
 
 def _scan_path(op: Op, inner: Block, labels: Labels) -> Path:
@@ -225,82 +274,26 @@ def _scan_path(op: Op, inner: Block, labels: Labels) -> Path:
     return common_prefix(inside) or labels.path.get(op) or ("scan",)
 
 
-def _plan_parameters(
-    block: Block, place: _Place, readers: dict[Value, list[Op | None]], planner: _Planner
-) -> None:
+def _plan_modules(block: Block, place: _Place, readers: Readers, planner: _Planner) -> None:
     """Modules that no scope names: their output is the last value that uses their parameters."""
-    labels = planner.labels
-    uses = [
-        (i, op) for i, op in enumerate(block.ops) if op in labels.uses and op not in labels.by_scope
-    ]
-    visits: list[tuple[Path, set[str], int, Op]] = []
-    latest: dict[Path, int] = {}
-    for i, op in uses:
-        path, names = labels.path[op], set(labels.uses[op])
-        known = latest.get(path)
-        if known is not None and not visits[known][1] & names:
-            visits[known] = (path, visits[known][1] | names, i, op)
-        else:
-            latest[path] = len(visits)
-            visits.append((path, names, i, op))
-    visits = _absorb_biases(visits, readers)
-    for path, names, i, op in visits:
-        for value in op.outputs:
-            _add(planner, value, path, place, i, tuple(sorted(names)))
-            _plan_residual(block, value, path, place, readers, planner)
-
-
-def _absorb_biases(
-    visits: list[tuple[Path, set[str], int, Op]], readers: dict[Value, list[Op | None]]
-) -> list[tuple[Path, set[str], int, Op]]:
-    """Join `b` to `w` where the leaves lie at the root: `w`'s only reader adds `b`."""
-    kept: list[tuple[Path, set[str], int, Op]] = []
+    labels, table = planner.labels, planner.table
+    visits = module_visits(block, labels, readers)
+    if not visits:
+        return
+    branches = Branches(
+        block,
+        labels,
+        lambda v: tuple(getattr(table.avals[v], "shape", ())),
+        lambda v: v not in table.constants and _is_data(table.avals[v]),
+        readers,
+    )
     for visit in visits:
-        path, names, i, op = visit
-        previous = kept[-1] if kept else None
-        if (
-            previous
-            and op.name == "add"
-            and len(path) == 1
-            and path != previous[0]
-            and len(names) == 1
-        ):
-            source = previous[3].outputs[0]
-            if source in value_inputs(op) and readers[source] == [op]:
-                kept[-1] = (previous[0], previous[1] | names, i, op)
-                continue
-        kept.append(visit)
-    return kept
-
-
-def _plan_residual(
-    block: Block,
-    value: Value,
-    path: Path,
-    place: _Place,
-    readers: dict[Value, list[Op | None]],
-    planner: _Planner,
-) -> None:
-    """The sum that adds a branch to its input, named by the module that ends with the branch."""
-    labels = planner.labels
-    if len(readers[value]) != 1 or not isinstance(op := readers[value][0], Op):
-        return
-    if op.name not in ("add", "add_any") or op in labels.uses or op in labels.by_scope:
-        return
-    if any(
-        isinstance(ref, Lit) or planner.table.avals[ref].shape != planner.table.avals[value].shape
-        for ref in op.inputs
-    ):
-        return
-    position = block.ops.index(op)
-    later = {labels.path[o] for o in block.ops[position:] if o in labels.uses}
-    complete = [
-        path[:depth]
-        for depth in range(1, len(path))
-        if not any(other[:depth] == path[:depth] for other in later)
-    ]
-    name = complete[0] if complete else (*path[:-1], f"{path[-1]}+")
-    _add(planner, op.outputs[0], name, place, position)
+        used = tuple(sorted(visit.names))
+        for value in visit.op.outputs:
+            _add(planner, value, visit.path, place, (visit.position, visit.op), used)
+            if closing := branches.closing_sum(value):
+                name = branches.name(visit.path, closing[0])
+                _add(planner, closing[1].outputs[0], name, place, closing)
 
 
 def _plan_carry(block: Block, place: _Place, planner: _Planner) -> None:
@@ -312,6 +305,8 @@ def _plan_carry(block: Block, place: _Place, planner: _Planner) -> None:
         for ref in block.outputs[: place.carry]
         if not isinstance(ref, Lit)
         and ref in produced
+        and ref not in planner.labels.named
+        and ref not in planner.labels.gradients
         and is_real_dtype(getattr(planner.table.avals[ref], "dtype", None))
     ]
     if len(carried) == 1 and carried[0] not in planner.found:  # one row an iteration, not two
@@ -320,10 +315,9 @@ def _plan_carry(block: Block, place: _Place, planner: _Planner) -> None:
             if here and site.path == path and value not in planner.labels.taps:
                 del planner.found[value]
     for n, ref in enumerate(carried):
-        i, op = produced[ref]
-        if ref not in planner.found and not _inner_site(op, ref, planner):
+        if ref not in planner.found and not _inner_site(produced[ref][1], ref, planner):
             name = path if len(carried) == 1 else (*path, f"carry{n}")
-            _add(planner, ref, name, place, i)
+            _add(planner, ref, name, place, produced[ref])
 
 
 def _add(
@@ -331,13 +325,19 @@ def _add(
     value: Value,
     path: Path,
     place: _Place,
-    position: int,
+    made: tuple[int, Op],
     parameters: tuple[str, ...] = (),
 ) -> None:
     aval = planner.table.avals[value]
     if value in planner.found or not is_real_dtype(getattr(aval, "dtype", None)):
         return
-    order = (*place.order, position)
+    position, op = made
+    order, shape, dtype = (*place.order, position), tuple(aval.shape), str(aval.dtype)
     planner.found[value] = Site(
-        value, path, order, place.scans, tuple(aval.shape), str(aval.dtype), parameters
+        value, path, order, place.scans, shape, dtype, parameters, bool(op.derivative)
     )
+
+
+def _is_data(aval: Any) -> bool:
+    dtype = getattr(aval, "dtype", None)
+    return is_float_dtype(dtype) or (dtype is not None and jnp.issubdtype(dtype, jnp.signedinteger))
