@@ -239,6 +239,19 @@ def test_the_search_restarts_and_its_bounds_hold_when_it_is_stopped_early(x64):
     assert np.all(np.asarray(stopped.values[0]) <= truth * (1 + 1e-13))
 
 
+def test_new_vectors_are_orthogonal_to_the_basis_however_little_of_them_is_outside():
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((60, 5)))[0].T[None].astype(np.float32)
+    inside = rng.standard_normal((1, 3, 5)).astype(np.float32)
+    vectors = inside @ basis + 1e-4 * rng.standard_normal((1, 3, 60)).astype(np.float32)
+    vectors[0, 1] = inside[0, 1] @ basis[0]  # nothing outside: a random vector takes its place
+    new, found, own = krylov.orthonormalized(jnp.asarray(vectors), jnp.asarray(basis), KEY)
+    np.testing.assert_allclose(np.matmul(new, new.mT)[0], np.eye(3), atol=1e-6)
+    np.testing.assert_allclose(np.matmul(new, basis.transpose(0, 2, 1)), 0, atol=1e-6)
+    rebuilt = np.matmul(found, basis) + np.matmul(own.mT, new)
+    np.testing.assert_allclose(rebuilt, vectors, atol=2e-6)
+
+
 def test_what_cannot_be_searched_is_refused_by_name():
     chain = net(gaussian(2, 4))
     for k in (0, 5):
@@ -331,6 +344,20 @@ def test_the_standard_errors_cover_the_truth_and_the_estimates_have_no_bias(kind
         assert 0.90 <= covered <= 0.99, (kind, covered)
         assert abs(value.mean() - true) < 4 * value.std() / np.sqrt(runs) + 1e-6 * true
         np.testing.assert_allclose(np.sqrt(np.mean(error**2)), value.std(), rtol=0.15)
+
+
+def test_few_probes_give_no_bias_either():
+    # The square of the estimated mean is larger than that of the mean, by its variance.
+    n, runs = 9, 20_000
+    weights, x = gaussian(2, n), point(n)
+    chain, truth = net(weights), squares(weights, x)
+    estimate = jax.jit(jax.vmap(lambda k: spectrum.singular_moments(chain, x, key=k, probes=4)))
+    found = estimate(jax.random.split(KEY, runs))
+    for values, true in ((found.mean, truth.mean()), (found.variance, truth.var())):
+        value = np.asarray(values, np.float64)
+        assert abs(value.mean() - true) < 4 * value.std() / np.sqrt(runs)
+    bias = np.mean(np.asarray(found.mean_se, np.float64) ** 2)
+    assert bias > 10 * np.std(found.variance) / np.sqrt(runs)  # it would have been seen
 
 
 def test_the_variance_of_a_near_isometry_is_not_lost_in_rounding():

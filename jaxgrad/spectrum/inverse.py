@@ -68,22 +68,34 @@ def solved_products(solve: Solve | None, layers: int, factors: Any) -> tuple:
 
     def through(vectors: Array, transposed: bool) -> tuple[Array, Array]:
         vectors, power = rescaled(vectors)
-        if solve is None and layers:
-            vectors, shifts = jax.lax.scan(
-                lambda v, own: rescaled(_solved(own, v, transposed)),
-                vectors,
-                factors,
-                reverse=not transposed,
-            )
-            power = power + jnp.sum(shifts, axis=0)
-        elif solve is not None:
-            for k in range(layers) if transposed else reversed(range(layers)):
-                solved = [solve(k, factors[k], rows, transposed) for rows in vectors]
-                vectors, shift = rescaled(jnp.stack(solved))
-                power = power + shift
-        return vectors, power
+        if not layers:
+            return vectors, power
+        if solve is None:
+            vectors, shifts = _by_factors(factors, vectors, transposed)
+        else:
+            vectors, shifts = _by_given(solve, factors, vectors, transposed)
+        return vectors, power + jnp.sum(shifts, axis=0)
 
     return (lambda v: through(v, False)), (lambda v: through(v, True))
+
+
+def _by_factors(factors: Any, vectors: Array, transposed: bool) -> tuple[Array, Array]:
+    return jax.lax.scan(
+        lambda v, own: rescaled(_solved(own, v, transposed)),
+        vectors,
+        factors,
+        reverse=not transposed,
+    )
+
+
+def _by_given(solve: Solve, states: Any, vectors: Array, transposed: bool) -> tuple[Array, Array]:
+    shifts = []
+    layers = range(len(states))
+    for k in layers if transposed else reversed(layers):
+        solved = jax.vmap(lambda v, k=k: solve(k, states[k], v, transposed))(vectors)
+        vectors, shift = rescaled(solved)
+        shifts.append(shift)
+    return vectors, jnp.stack(shifts)
 
 
 def _solved(factors: tuple[Array, Array], vectors: Array, transposed: bool) -> Array:
