@@ -215,27 +215,27 @@ class _Program:
 
     def _flow(self, records: dict[int, Any], slot_grads: dict[int, Any], grads: list[Any]) -> Flow:
         row_names, index = sites.rows(self.sites)
-        forward = _rows(records, len(self.sites), 1 + len(statistics.ACTIVATION), index)
-        backward = _rows(slot_grads, len(self.sites), 1 + len(statistics.GRADIENT), index)
-        ran = forward[:, 0] > 0
-        measured = jnp.where(ran[:, None], forward, jnp.nan)
-        passed = jnp.where(ran[:, None], backward, jnp.nan)
+        activations, ran = self._sums(records, statistics.ACTIVATION, index)
+        gradients, reached = self._sums(slot_grads, statistics.GRADIENT, index)
         weights = [self.split.leaves[p] for p in self.split.wanted]
-        weight_rms, _ = statistics.leaf_statistics(weights)
         weight_gradient_rms, nonfinite = statistics.leaf_statistics(grads)
+
+        def measured(statistic: Callable[..., Array], found: statistics.Sums) -> Array:
+            return jnp.where(ran > 0, statistic(found), jnp.nan)
+
         return Flow(
-            activation_rms=measured[:, 1],
-            activation_mean=measured[:, 2],
-            activation_max=measured[:, 3],
-            activation_zero_share=measured[:, 4],
-            activation_nonfinite=forward[:, 5],
-            gradient_rms=passed[:, 1],
-            gradient_max=passed[:, 2],
-            gradient_nonfinite=backward[:, 3],
-            gradient_below_float16=backward[:, 4],
-            gradient_below_bfloat16=backward[:, 5],
-            gradient_reached=backward[:, 0],
-            weight_rms=weight_rms,
+            activation_rms=measured(statistics.rms, activations),
+            activation_mean=measured(statistics.mean, activations),
+            activation_max=measured(statistics.max_abs, activations),
+            activation_zero_share=measured(statistics.zero_share, activations),
+            activation_nonfinite=activations.nonfinite,
+            gradient_rms=measured(statistics.rms, gradients),
+            gradient_max=measured(statistics.max_abs, gradients),
+            gradient_nonfinite=gradients.nonfinite,
+            gradient_below_float16=measured(statistics.below_float16, gradients),
+            gradient_below_bfloat16=measured(statistics.below_bfloat16, gradients),
+            gradient_reached=reached,
+            weight_rms=statistics.leaf_rms(weights),
             weight_gradient_rms=weight_gradient_rms,
             weight_gradient_nonfinite=nonfinite,
             names=tuple(row_names),
@@ -248,8 +248,18 @@ class _Program:
         )
 
 
+    def _sums(
+        self, records: dict[int, Array], names: tuple[str, ...], index: np.ndarray
+    ) -> tuple[statistics.Sums, Array]:
+        """All iterations of all sites, in forward order, and whether each was reached."""
+        sizes = [np.full(np.prod(s.lengths, dtype=int), np.prod(s.shape)) for s in self.sites]
+        table = _rows(records, len(self.sites), 1 + len(names), index)
+        size = np.concatenate(sizes)[index] if sizes else np.zeros(0)
+        return statistics.from_table(table, size, names), table[:, 0]
+
+
 def _measure(x: Array, slot: Array) -> tuple[Array, Array]:
-    return taps.statistics_tap(x, slot), statistics.record(x, statistics.ACTIVATION)
+    return taps.statistics_tap(x, slot), statistics.sums(x, statistics.ACTIVATION)
 
 
 def _blank_record(slot: Array) -> Array:

@@ -1,17 +1,18 @@
 """What is measured of a tensor: one function a statistic, array in, scalar out.
 
-Half-precision tensors are accumulated in float32; squares are taken after a division by the largest
+A tensor is passed over a few times; each pass is arithmetic that ends in one sum or maximum
+(`Sums`), and the statistics follow from those. A pass free of comparisons and shared operands is
+one that XLA's CPU backend hands to a library of vectorized kernels: nothing to compile, nothing
+materialized. On other devices XLA fuses the passes.
+
+Half-precision tensors are accumulated in float32; squares are taken of quotients by the largest
 magnitude, so that a root mean square survives from the smallest normal number to the largest (a
 plain float32 sum of squares is 0 below 1e-19 and inf above 1e19).
-
-The statistics of one tensor share its passes (`_Passes`). A pass is arithmetic that ends in one
-reduction, without comparisons: such a pass XLA's CPU backend hands to a library of vectorized
-kernels, at a fraction of the time and with nothing to compile. Comparisons are left to a branch
-that a finite tensor never takes.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,10 +22,11 @@ from jaxtyping import Array, Float, Inexact, Int
 
 FLOAT16_TINY = float(jnp.finfo(jnp.float16).tiny)
 BFLOAT16_TINY = float(jnp.finfo(jnp.bfloat16).tiny)
+_TINIES = (FLOAT16_TINY, BFLOAT16_TINY)
 # A leaf up to this size is cheaper to stack with its likes than to reduce alone.
 _SMALL = 2**14
-
-Counter = Callable[[Array], Array]
+# Up to this many ones add up exactly in float32.
+_EXACT = 2**24
 
 
 def accumulation_dtype(dtype: Any) -> Any:
@@ -33,114 +35,152 @@ def accumulation_dtype(dtype: Any) -> Any:
     return jnp.dtype("float64" if wide else "float32")
 
 
-class _Passes:
-    """The reductions of one tensor, each made once.
+@dataclass(frozen=True)
+class Sums:
+    """What the passes over a tensor found; over many tensors, a row each.
 
-    Args:
-        x: the tensor.
-        counters: functions that turn finite magnitudes, by arithmetic, into ones where they count
-            and zeros elsewhere; a magnitude of one must count as any number of order one.
+    Attributes:
+        size: number of elements.
+        largest: largest magnitude; anything if there is a NaN (compiled maxima may skip it).
+        squares: sum of |x * _scale(largest)|^2; finite exactly if all elements are.
+        nonzero: number of elements that are not zero; NaN if one of them is NaN.
+        nonfinite: number of elements that are NaN or infinite.
+        total: sum of the (real parts of the) elements.
+        normal_float16: number of elements that reach float16's smallest normal number; NaN if one
+            of them is not finite.
+        normal_bfloat16: the same for bfloat16.
     """
 
-    def __init__(self, x: Array, counters: tuple[Counter, ...] = ()) -> None:
-        self.x, self.dtype, self.size = x, accumulation_dtype(x.dtype), max(x.size, 1)
-        self.magnitudes = jnp.abs(x).astype(self.dtype)
-        self.counters = counters
+    size: Any
+    largest: Any
+    squares: Any
+    nonzero: Any
+    nonfinite: Any
+    total: Any = None
+    normal_float16: Any = None
+    normal_bfloat16: Any = None
+
+
+_EVERY = ("largest", "squares", "nonzero", "nonfinite")
+# What a tap records of an activation and of a gradient, after a leading 1: "the tap was reached".
+ACTIVATION = (*_EVERY, "total")
+GRADIENT = (*_EVERY, "normal_float16", "normal_bfloat16")
+
+
+class _Passes:
+    """The passes over one tensor, each made once and only if it is asked for."""
+
+    def __init__(self, x: Array) -> None:
+        self.x, self.dtype = x, accumulation_dtype(x.dtype)
+        is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
+        self.wide = (jnp.abs(x) if is_complex else x).astype(self.dtype)
 
     @functools.cached_property
     def largest(self) -> Array:
-        """The largest magnitude; anything if there is a NaN, which compiled maxima may skip."""
-        return jnp.max(self.magnitudes, initial=0.0)
-
-    @functools.cached_property
-    def unit(self) -> Array:
-        """`largest`, or the smallest number that 16 can be divided by."""
-        return jnp.maximum(self.largest, 17 / jnp.finfo(self.dtype).max)
+        return jnp.max(jnp.abs(self.wide), initial=0.0)
 
     @functools.cached_property
     def squares(self) -> Array:
-        """Sum of the squares in units of largest / 16: finite exactly if the tensor is.
-
-        None overflows, and none that counts underflows. (1 / largest would be subnormal, hence
-        zero, for the largest numbers.)
-        """
-        return jnp.sum(lax.square(self.magnitudes * (16 / self.unit)))
+        return jnp.sum(lax.square(self.wide * _scale(self.largest)))
 
     @functools.cached_property
-    def rms(self) -> Array:
-        root = jnp.sqrt(self.squares / self.size) / 16 * self.unit
-        return jnp.where(jnp.isfinite(root), root, self.largest_or_nan)
-
-    @functools.cached_property
-    def counts(self) -> Array:
-        """[elements that are not finite, those that are NaN or zero if none, *counters]."""
-        counters = self.counters
-
-        def quick(size: Array) -> Array:
-            zero = jnp.zeros((), jnp.int32)
-            return jnp.stack([zero, zero, *(_count(f(size)) for f in counters)])
-
-        def careful(size: Array) -> Array:
-            marked = jnp.where(size < jnp.inf, size, -1.0)
-            counted = [_count(-lax.min(marked, jnp.zeros((), size.dtype)))]
-            counted += [jnp.isnan(jnp.sum(size)).astype(jnp.int32)]
-            return jnp.stack([*counted, *(_count(f(jnp.abs(marked))) for f in counters)])
-
-        def sliced(size: Array) -> Array:  # the mark takes room
-            return jnp.sum(lax.map(careful, size), axis=0) if size.ndim > 1 else careful(size)
-
-        return lax.cond(jnp.isfinite(self.squares), quick, sliced, self.magnitudes)
+    def nonzero(self) -> Array:
+        return self._count(lax.square(lax.sign(self.wide)))
 
     @property
-    def largest_or_nan(self) -> Array:
-        return jnp.where(self.counts[1] > 0, jnp.nan, self.largest)
+    def nonfinite(self) -> Array:
+        return self._checked[0]
 
-    def share(self, counter: Counter) -> Array:
-        """The counter's count over the number of elements."""
-        count = self.counts[2 + self.counters.index(counter)]
-        return count.astype(self.dtype) / self.size
+    @functools.cached_property
+    def _checked(self) -> list[Array]:
+        """The count, then a scale for each of `_TINIES`: NaN if the count is not zero."""
+        zero = jnp.zeros((), self.dtype)
+        scales = [_inverse_square(tiny, self.dtype) for tiny in _TINIES]
+
+        def rarely(wide: Array, squares: Array) -> list[Array]:
+            def careful(wide: Array) -> list[Array]:
+                return [self.count_nonfinite(wide), *(zero + jnp.nan for _ in scales)]
+
+            return lax.cond(squares < jnp.inf, lambda _: [zero, *scales], careful, wide)
+
+        def always(wide: Array, squares: Array) -> list[Array]:
+            return [
+                self.count_nonfinite(wide),
+                *(jnp.where(squares < jnp.inf, s, jnp.nan) for s in scales),
+            ]
+
+        # elsewhere the count costs nothing beside the other sums, and a branch waits for the host
+        return lax.platform_dependent(self.wide, self.squares, cpu=rarely, default=always)
+
+    @functools.cached_property
+    def total(self) -> Array:
+        return jnp.sum(jnp.real(self.x), dtype=self.dtype)
+
+    @functools.cached_property
+    def normal_float16(self) -> Array:
+        return self._reaches(0)
+
+    @functools.cached_property
+    def normal_bfloat16(self) -> Array:
+        def compared(wide: Array) -> Array:
+            return self._count(lax.square(lax.sign(wide)) * (jnp.abs(wide) >= BFLOAT16_TINY))
+
+        if self.dtype == jnp.float64:
+            return self._reaches(1)
+        # 2^-126 is float32's smallest normal number too: the CPU takes what is below for zero
+        return lax.platform_dependent(self.wide, cpu=lambda _: self.nonzero, default=compared)
+
+    def _reaches(self, which: int) -> Array:
+        # tiny^2 is a power of two: x^2 rounds to a number below it exactly if |x| < tiny. A scale
+        # known to the compiler would be kept as an array.
+        scale = self._checked[1 + which]
+        return self._count(lax.sign(lax.floor(lax.square(self.wide) * scale)))
+
+    def count_nonfinite(self, wide: Array) -> Array:
+        """The count itself, to be made in a branch that finite tensors do not take."""
+        return self._count((~(jnp.abs(wide) < jnp.inf)).astype(self.dtype))
+
+    def _count(self, ones: Array) -> Array:
+        """Sum of zeros and ones, in two levels where a float32 would stop counting."""
+        return jnp.sum(jnp.sum(ones, axis=-1) if ones.size > _EXACT else ones)
 
 
-def _count(ones: Array) -> Array:
-    """Sum of zeros and ones: in the floats that they are, as long as every partial sum is exact."""
-    if ones.size <= 2**24:
-        return jnp.sum(ones).astype(jnp.int32)
-    return jnp.sum(ones.astype(jnp.int32))
+def sums(x: Inexact[Array, "..."], names: tuple[str, ...]) -> Float[Array, " n"]:
+    """`[1, names...]` of `Sums` as one vector; the 1 tells a measured zero from a tap not reached.
+
+    Args:
+        x: real or complex tensor of any shape.
+        names: attributes of `Sums`, such as `ACTIVATION` or `GRADIENT`.
+
+    Returns:
+        A float32 vector (float64 for a float64 tensor).
+    """
+    passes = _Passes(lax.stop_gradient(x))
+    return jnp.stack([jnp.ones((), passes.dtype), *(getattr(passes, name) for name in names)])
 
 
-def _is_nonzero(magnitudes: Array) -> Array:
-    return lax.square(lax.sign(magnitudes))
+def from_table(table: Float[Array, "... n"], sizes: Any, names: tuple[str, ...]) -> Sums:
+    """The rows that `sums` returned, with the tensors' sizes, as one `Sums` of columns."""
+    columns = {name: table[..., 1 + k] for k, name in enumerate(names)}
+    return Sums(size=jnp.asarray(sizes, table.dtype), **columns)
 
 
-def _is_zero(magnitudes: Array) -> Array:
-    return 1 - _is_nonzero(magnitudes)
+def _sums(x: Any, *names: str) -> Sums:
+    """The statistics' argument: what was summed already, or a tensor."""
+    if isinstance(x, Sums):
+        return x
+    passes = _Passes(x)
+    found = {f.name: None for f in fields(Sums)} | {n: getattr(passes, n) for n in names}
+    return Sums(**found | {"size": jnp.asarray(x.size, passes.dtype)})
 
 
-def _is_below_float16(magnitudes: Array) -> Array:
-    return _is_nonzero(magnitudes) - _reaches(magnitudes, FLOAT16_TINY)
-
-
-def _is_below_bfloat16(magnitudes: Array) -> Array:
-    def count(magnitudes: Array) -> Array:
-        return _is_nonzero(magnitudes) - _reaches(magnitudes, BFLOAT16_TINY)
-
-    if magnitudes.dtype == jnp.float64:
-        return count(magnitudes)
-    # 2^-126 is float32's smallest normal number too, and on the CPU XLA takes what is below for 0
-    return lax.platform_dependent(magnitudes, cpu=jnp.zeros_like, default=count)
-
-
-def _reaches(magnitudes: Array, tiny: float) -> Array:
-    # a power of two times a float is exact, or inf
-    return lax.min(lax.floor(magnitudes * (1 / tiny)), jnp.ones((), magnitudes.dtype))
-
-
-def max_abs(x: Inexact[Array, "..."] | _Passes) -> Float[Array, ""]:
+def max_abs(x: Inexact[Array, "..."] | Sums) -> Float[Array, "..."]:
     """The largest magnitude; NaN if the tensor holds a NaN, 0 if it is empty."""
-    return _passes(x).largest_or_nan
+    s = _sums(x, "largest", "nonzero")
+    return jnp.where(s.nonzero == 0, 0, jnp.where(jnp.isnan(s.nonzero), jnp.nan, s.largest))
 
 
-def rms(x: Inexact[Array, "..."] | _Passes) -> Float[Array, ""]:
+def rms(x: Inexact[Array, "..."] | Sums) -> Float[Array, "..."]:
     """Root mean square, `sqrt(mean |x|^2)`, without overflow or underflow of the squares.
 
     Args:
@@ -150,60 +190,68 @@ def rms(x: Inexact[Array, "..."] | _Passes) -> Float[Array, ""]:
         A float32 scalar (float64 for a float64 tensor): inf or NaN if the tensor holds one, 0 if it
         is empty.
     """
-    return _passes(x).rms
+    s = _sums(x, "largest", "squares", "nonzero")
+    return jnp.where(s.squares < jnp.inf, _root(s.largest, s.squares, _divisor(s)), max_abs(s))
 
 
-def mean(x: Inexact[Array, "..."] | _Passes) -> Float[Array, ""]:
-    """Arithmetic mean; 0 if the tensor is empty."""
-    passes = _passes(x)
-    return jnp.sum(jnp.real(passes.x), dtype=passes.dtype) / passes.size
+def mean(x: Inexact[Array, "..."] | Sums) -> Float[Array, "..."]:
+    """Arithmetic mean of the real parts; 0 if the tensor is empty."""
+    s = _sums(x, "total")
+    return s.total / _divisor(s)
 
 
-def zero_share(x: Inexact[Array, "..."] | _Passes) -> Float[Array, ""]:
-    """Share of the elements that are exactly zero."""
-    passes = _passes(x, _is_zero)
-    return passes.share(_is_zero)
+def zero_share(x: Inexact[Array, "..."] | Sums) -> Float[Array, "..."]:
+    """Share of the elements that are exactly zero; NaN if the tensor holds a NaN."""
+    s = _sums(x, "nonzero")
+    return (s.size - s.nonzero) / _divisor(s)
 
 
-def nonfinite_count(x: Inexact[Array, "..."] | _Passes) -> Int[Array, ""]:
+def nonfinite_count(x: Inexact[Array, "..."] | Sums) -> Int[Array, "..."]:
     """Number of elements that are NaN or infinite."""
-    return _passes(x).counts[0]
+    return _sums(x, "nonfinite").nonfinite.astype(jnp.int32)
 
 
-def below_float16(x: Inexact[Array, "..."] | _Passes) -> Float[Array, ""]:
-    """Share of all elements that are not zero and yet below float16's smallest normal, 2^-14."""
-    return _passes(x, _is_below_float16).share(_is_below_float16)
+def below_float16(x: Inexact[Array, "..."] | Sums) -> Float[Array, "..."]:
+    """Share of all elements that are not zero and yet below float16's smallest normal, 2^-14.
+
+    NaN if not all elements are finite.
+    """
+    s = _sums(x, "nonzero", "normal_float16")
+    return (s.nonzero - s.normal_float16) / _divisor(s)
 
 
-def below_bfloat16(x: Inexact[Array, "..."] | _Passes) -> Float[Array, ""]:
+def below_bfloat16(x: Inexact[Array, "..."] | Sums) -> Float[Array, "..."]:
     """Share of all elements that are not zero and yet below bfloat16's smallest normal, 2^-126.
 
-    Where the device flushes subnormal numbers to zero, as XLA does on the CPU, float32 and bfloat16
-    tensors have none.
+    NaN if the tensor holds a NaN. Where the device flushes subnormal numbers to zero, as XLA does
+    on the CPU, float32 and bfloat16 tensors have none.
     """
-    return _passes(x, _is_below_bfloat16).share(_is_below_bfloat16)
+    s = _sums(x, "nonzero", "normal_bfloat16")
+    return (s.nonzero - s.normal_bfloat16) / _divisor(s)
 
 
-def _passes(x: Any, *counters: Counter) -> _Passes:
-    return x if isinstance(x, _Passes) else _Passes(x, counters)
+def _four(dtype: Any) -> Any:
+    """The number just below 4: it stays a normal number, divided by any normal number."""
+    return np.nextafter(dtype.type(4), dtype.type(0))
 
 
-# What a tap records, in this order, after a leading 1 that says "the tap was reached".
-ACTIVATION = (rms, mean, max_abs, zero_share, nonfinite_count)
-GRADIENT = (rms, max_abs, nonfinite_count, below_float16, below_bfloat16)
-_COUNTERS = {
-    zero_share: _is_zero,
-    below_float16: _is_below_float16,
-    below_bfloat16: _is_below_bfloat16,
-}
+def _scale(largest: Array) -> Array:
+    """What squares are taken in units of: 4 / largest."""
+    return _four(largest.dtype) / jnp.maximum(largest, jnp.finfo(largest.dtype).tiny)
 
 
-def record(x: Inexact[Array, "..."], statistics: tuple) -> Float[Array, " n"]:
-    """`[1, statistics...]` as one vector; the 1 tells a measured zero from a tap never reached."""
-    counters = tuple(_COUNTERS[f] for f in statistics if f in _COUNTERS)
-    passes = _Passes(lax.stop_gradient(x), counters)
-    ones = jnp.ones((), passes.dtype)
-    return jnp.stack([ones, *(f(passes).astype(passes.dtype) for f in statistics)])
+def _root(largest: Array, squares: Array, size: Any) -> Array:
+    root = jnp.sqrt(jnp.where(squares < jnp.inf, squares, 0) / size)
+    return jnp.maximum(largest, jnp.finfo(largest.dtype).tiny) * (root / _four(largest.dtype))
+
+
+def _divisor(s: Sums) -> Array:
+    return jnp.maximum(s.size, 1)
+
+
+def leaf_rms(leaves: Sequence[Inexact[Array, "..."]]) -> Float[Array, " n"]:
+    """`rms` of many tensors, in about one pass over each; see `leaf_statistics`."""
+    return _by_size(leaves, count=False)[0]
 
 
 def leaf_statistics(
@@ -214,20 +262,23 @@ def leaf_statistics(
     Small leaves of one size are stacked. Of the others the plain sum of squares does, unless it
     leaves the range in which it is exact; then, in a branch, all are measured with care.
     """
-    order: list[int] = []
-    parts: list[tuple[Array, Array]] = []
+    roots, counts = _by_size(leaves, count=True)
+    return roots, counts
+
+
+def _by_size(leaves: Sequence[Array], count: bool) -> tuple[Array, Array]:
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        key = ("large",) if leaf.size > _SMALL else (leaf.size, accumulation_dtype(leaf.dtype))
+        key = () if leaf.size > _SMALL else (leaf.size, accumulation_dtype(leaf.dtype))
         groups.setdefault(key, []).append(i)
+    parts = []
     for key, members in groups.items():
-        order += members
         chosen = [leaves[i] for i in members]
-        parts.append(_large(chosen) if key == ("large",) else _stacked(chosen))
+        parts.append(_stacked(chosen) if key else _large(chosen, count))
     if not parts:
         return jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32)
     dtype = jnp.result_type(*(roots for roots, _ in parts))
-    place = np.argsort(order)
+    place = np.argsort([i for members in groups.values() for i in members])
     roots, counts = (
         jnp.concatenate([p.astype(dtype) for p in pair])[place] for pair in zip(*parts, strict=True)
     )
@@ -238,16 +289,15 @@ def _stacked(leaves: list[Array]) -> tuple[Array, Array]:
     """Leaves of one size, a row each."""
     dtype = accumulation_dtype(leaves[0].dtype)
     rows = jnp.stack([jnp.abs(leaf).astype(dtype).ravel() for leaf in leaves])
-    unit = jnp.maximum(jnp.max(rows, axis=1, initial=0), 17 / jnp.finfo(dtype).max)
-    squares = jnp.sum(lax.square(rows * (16 / unit)[:, None]), axis=1)
-    roots = jnp.sqrt(squares / max(rows.shape[1], 1)) / 16 * unit
-    finite = jnp.isfinite(squares)
+    largest = jnp.max(rows, axis=1, initial=0.0)
+    squares = jnp.sum(lax.square(rows * _scale(largest)[:, None]), axis=1)
+    roots, finite = _root(largest, squares, max(rows.shape[1], 1)), squares < jnp.inf
     extremes = jnp.where(jnp.isnan(jnp.sum(rows, axis=1)), jnp.nan, jnp.inf)
     counts = jnp.sum(~(rows < jnp.inf), axis=1, dtype=jnp.int32)
     return jnp.where(finite, roots, extremes), counts
 
 
-def _large(leaves: list[Array]) -> tuple[Array, Array]:
+def _large(leaves: list[Array], count: bool) -> tuple[Array, Array]:
     dtype = jnp.result_type(*(accumulation_dtype(leaf.dtype) for leaf in leaves))
     sizes = np.array([leaf.size for leaf in leaves])
     info = jnp.finfo(dtype)
@@ -264,28 +314,28 @@ def _large(leaves: list[Array]) -> tuple[Array, Array]:
     def quick(_: list[Array], squares: Array) -> tuple[Array, Array]:
         return jnp.sqrt(squares / sizes), jnp.zeros(len(sizes), jnp.int32)
 
-    def careful(leaves: list[Array], _: Array) -> tuple[Array, Array]:
-        found = [_by_rows(leaf) for leaf in leaves]
-        roots, counts = (jnp.stack(parts) for parts in zip(*found, strict=True))
-        return roots.astype(dtype), counts
+    def careful(leaves: list[Array], plain: Array) -> tuple[Array, Array]:
+        passes = [_Passes(leaf) for leaf in leaves]
+        largest, squares = (
+            jnp.stack([getattr(p, name).astype(dtype) for p in passes])
+            for name in ("largest", "squares")
+        )
+        roots, finite = _root(largest, squares, sizes), squares < jnp.inf
+        # squares add up to NaN only if there is one
+        roots = jnp.where(finite, roots, jnp.where(jnp.isnan(plain), jnp.nan, jnp.inf))
+        counts = [_count_in_slices(p).astype(jnp.int32) for p in passes if count]
+        return roots, jnp.stack(counts) if count else jnp.zeros(len(sizes), jnp.int32)
 
     return lax.cond(safe, quick, careful, leaves, squares)
 
 
-def _by_rows(leaf: Array) -> tuple[Array, Array]:
-    """`rms` and `nonfinite_count` of one leaf, in slices: it takes no room."""
-    passes = _Passes(leaf)
-    size_of, unit = passes.size, passes.unit
+def _inverse_square(tiny: float, dtype: Any) -> Array:
+    square = np.float64(tiny) ** -2
+    return jnp.asarray(square if square < jnp.finfo(dtype).max else 0.0, dtype)
 
-    def step(carry: tuple[Array, Array, Array], row: Array) -> tuple[Any, None]:
-        squares, total, count = carry
-        size = jnp.abs(row).astype(passes.dtype)
-        squares += jnp.sum(lax.square(size * (16 / unit)))
-        count += jnp.sum(~(size < jnp.inf), dtype=jnp.int32)
-        return (squares, total + jnp.sum(size), count), None
 
-    zero = jnp.zeros((), passes.dtype)
-    rows = leaf if leaf.ndim > 1 else leaf[None]
-    (squares, total, count), _ = lax.scan(step, (zero, zero, jnp.int32(0)), rows)
-    root = jnp.sqrt(squares / size_of) / 16 * unit
-    return jnp.where(count == 0, root, jnp.where(jnp.isnan(total), jnp.nan, jnp.inf)), count
+def _count_in_slices(passes: _Passes) -> Array:
+    """The number of elements that are not finite; the marks of large leaves would take room."""
+    if passes.wide.size <= 2**18 or passes.wide.ndim < 2:
+        return passes.count_nonfinite(passes.wide)
+    return jnp.sum(lax.map(passes.count_nonfinite, passes.wide))

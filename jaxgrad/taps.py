@@ -1,8 +1,7 @@
 """Taps: identities that let a gradient be read where it passes.
 
 `tap` is for users. `gradient_tap` is what the rewritten program uses: an identity whose backward
-pass returns, as "the gradient with respect to the slot", the statistics of the gradient that came
-by.
+pass returns, as "the gradient with respect to the slot", what the gradient that came by adds up to.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
-from jaxgrad.statistics import GRADIENT, accumulation_dtype, record
+from jaxgrad.statistics import GRADIENT, accumulation_dtype, sums
 
 
 def tap(x: PyTree, name: str) -> PyTree:
@@ -59,10 +58,10 @@ def make_tap(measure: Callable[[Array], Array]) -> Callable[[Array, Array], Arra
     return gradient_tap
 
 
-statistics_tap = make_tap(lambda cotangent: record(cotangent, GRADIENT))
+statistics_tap = make_tap(lambda cotangent: sums(cotangent, GRADIENT))
 full_tap = make_tap(lambda cotangent: cotangent)
 
 
 def statistics_slot(dtype: Any, lengths: tuple[int, ...] = ()) -> Array:
-    """The slot of a `statistics_tap`: zeros of shape `(*lengths, 1 + number of statistics)`."""
+    """The slot of a `statistics_tap`: zeros of shape `(*lengths, 1 + number of sums)`."""
     return jnp.zeros((*lengths, 1 + len(GRADIENT)), accumulation_dtype(dtype))

@@ -115,8 +115,8 @@ def flax_own(params: Any, batch: Any) -> Any:
         pull = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         (value, states), (grads, gradients) = pull(params, zeros)
     rows = [
-        jax.tree.map(lambda a: statistics.record(a, statistics.ACTIVATION), states),
-        jax.tree.map(lambda a: statistics.record(a, statistics.GRADIENT), gradients),
+        jax.tree.map(lambda a: statistics.sums(a, statistics.ACTIVATION), states),
+        jax.tree.map(lambda a: statistics.sums(a, statistics.GRADIENT), gradients),
         jax.tree.map(statistics.rms, (params, grads)),
         jax.tree.map(statistics.nonfinite_count, grads),
     ]
