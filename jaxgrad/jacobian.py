@@ -7,7 +7,7 @@ batch, one push serves all examples.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.chain import Chain
 from jaxgrad.graded import Graded
+from jaxgrad.graded.deferred import Deferred, Plain
 from jaxgrad.graph import structure
+from jaxgrad.graph.compat import Tracer
 from jaxgrad.graph.factorization import Link, Run
 from jaxgrad.graph.program import Program, State
 
@@ -63,14 +65,10 @@ def jacobian_product(chain: Chain, x: PyTree, *, chunk_size: int | None = None) 
     """
     run = chain.run(x)
     _check_memory(run)
-    if not run.links:
-        return _identity(run, 0)
     forward = _size(run, 0) <= _size(run, len(run.links))
-    product = _identity(run, 0 if forward else len(run.links))
-    order = range(len(run.links))
-    for k in order if forward else reversed(order):
-        matrix = _layer_jacobian(run, k, chunk_size)
-        product = _multiplied(product, matrix, forward)
+    product = _identity(run, 0)
+    for product in _products(run, forward, chunk_size, every=False):  # noqa: B007
+        pass  # one at a time: they are large
     return product
 
 
@@ -94,17 +92,52 @@ def jacobian_products(
         )
     run = chain.run(x)
     _check_memory(run, products=True)
-    count, forward = len(run.links), direction == "forward"
-    products = [_identity(run, 0 if forward else count)]
-    for k in range(count) if forward else range(count - 1, -1, -1):
-        matrix = _layer_jacobian(run, k, chunk_size)
-        products.append(_multiplied(products[-1], matrix, forward))
+    forward = direction == "forward"
+    products = list(_products(run, forward, chunk_size))
     return tuple(products if forward else products[::-1])
+
+
+def _products(
+    run: Run, forward: bool, chunk_size: int | None, every: bool = True
+) -> Iterator[Graded]:
+    """The partial products, from the empty one on, or the last one alone.
+
+    They are multiplied out; the sweep that orthogonalizes at every layer is made, once for all of
+    them, when it is needed: for singular values, or where rounding has spoilt the plain products.
+    """
+    count = len(run.links)
+    order = range(count) if forward else range(count - 1, -1, -1)
+    empty = _identity(run, 0 if forward else count)
+
+    @functools.cache
+    def settled() -> list[Graded]:
+        products = [empty]
+        for k in order:
+            product = _multiplied(products[-1], _layer_jacobian(run, k, chunk_size), forward)
+            products = [*products, product] if every else [product]
+        return products
+
+    arrays = (*run.states, *(k.constants for k in run.links), *(k.sides for k in run.links))
+    traced = [a for state in arrays for a in state]
+    if any(isinstance(a, Tracer) for a in traced):  # nobody can look whether the plain ones do
+        yield from settled()
+        return
+    yield empty
+    plain = None
+    for index, k in enumerate(order):
+        matrix = _layer_jacobian(run, k, chunk_size).astype(empty.dtype)
+        plain = Plain.of(matrix) if plain is None else _plainly_multiplied(plain, matrix, forward)
+        yield Deferred(plain, lambda at=index + 1 if every else -1: settled()[at])
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _multiplied(product: Graded, matrix: Array, forward: bool) -> Graded:
     return product.left_multiply(matrix) if forward else product.right_multiply(matrix)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _plainly_multiplied(plain: Plain, matrix: Array, forward: bool) -> Plain:
+    return plain.multiplied(matrix, forward)
 
 
 def _identity(run: Run, k: int) -> Graded:
