@@ -1,0 +1,123 @@
+"""Diagnosis: the one primary cause, with evidence and a cure, and silence on healthy runs."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxgrad.diagnosis import causes, initial, running, static
+from jaxgrad.diagnosis.evidence import Evidence, forward_and_back
+from jaxgrad.diagnosis.finding import Finding as Finding
+from jaxgrad.diagnosis.finding import Report as Report
+from jaxgrad.diagnosis.finding import matches
+from jaxgrad.diagnosis.problem import make_problem
+
+# The registry: rules in the order of a run's life. Each takes the evidence and returns findings.
+RULES: list[Callable[[Evidence], list[Finding]]] = [
+    *static.RULES, *initial.RULES, static.accumulation, *running.RULES,
+]  # fmt: skip
+# Faults after which nothing that is measured means anything.
+_CONCLUSIVE = {
+    "gradient.blocked", "loss.single_class_softmax", "data.labels_out_of_range",
+    "loss.output_mismatch", "norm.batch_of_one", "init.symmetric", "loss.double_softmax",
+}  # fmt: skip
+
+
+def diagnose(  # noqa: PLR0913, PLR0917 (a public signature)
+    loss: Callable[..., Any],
+    params: PyTree,
+    batch: PyTree,
+    optimizer: Any = None,
+    batches: Iterable[PyTree] | None = None,
+    has_aux: bool = False,
+    key: Any = None,
+    trainable: Any = None,
+    ignore: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Says why a network does not train, or that nothing is wrong.
+
+    The loss is traced, its layers are measured in one instrumented pass, and it is trained for some
+    80 to 160 steps; where something looks wrong, the training is repeated under other
+    circumstances (learning rates, warm-up, weights rescaled, data standardized), which settles what
+    symptoms cannot.
+
+    Args:
+        loss: ``loss(params, batch)`` or ``loss(params, batch, key)``, a real scalar.
+        params: parameters at which training starts: any pytree.
+        batch: one batch.
+        optimizer: an optax transformation, or an object with ``init`` and ``update``. None: the
+            trainings use Adam at 1e-3, and nothing is said of optimizer and learning rate.
+        batches: further batches of the same shapes; the first 16 are used in turn.
+        has_aux: whether the loss returns ``(loss, aux)``.
+        key: random key for the loss; made up where the loss needs three arguments.
+        trainable: pytree (or prefix) of bool, or a function of a leaf's name: False for leaves that
+            are frozen on purpose.
+        ignore: findings that are known and meant, as ``"code"`` or ``"code:where"`` with ``*``.
+        progress: called with a line whenever something is begun.
+
+    Returns:
+        The report; `primary` is None for a healthy run.
+
+    Raises:
+        TypeError: if the loss returns no real scalar, or the parameters hold no float array.
+    """
+    problem = make_problem(
+        loss, params, batch, batches=batches, has_aux=has_aux, key=key, trainable=trainable
+    )
+    evidence = Evidence(problem, optimizer, progress)
+    evidence.undifferentiable = forward_and_back(evidence)
+    found = static.blocked(evidence) if evidence.undifferentiable else _apply_rules(evidence)
+    kept = [f for f in found if not matches(f, ignore)]
+    primary, findings = causes.judge(kept)
+    rows = () if evidence.undifferentiable else _rows(evidence)
+    facts = {} if evidence.undifferentiable else _facts(evidence)
+    return Report(primary, findings, rows, facts, tuple(evidence.notes))
+
+
+def _apply_rules(evidence: Evidence) -> list[Finding]:
+    found: list[Finding] = []
+    for rule in RULES:
+        if any(f.severity == "error" and f.code in _CONCLUSIVE for f in found):
+            break
+        found += rule(evidence)
+    return found
+
+
+def _rows(evidence: Evidence) -> tuple[dict[str, Any], ...]:
+    measured = evidence.initial
+    index = {n: i for i, n in enumerate(evidence.problem.names)}
+    rows = []
+    for k, name in enumerate(measured.names):
+        owners = [p for p in measured.row_parameters[k] if p in index]
+        gradients = [measured.grads[index[p]] for p in owners]
+        sizes = [
+            float(np.sqrt(np.mean(np.square(g, dtype=np.float64)))) for g in gradients if g.size
+        ]
+        rows.append(
+            {
+                "name": name,
+                "activation_rms": float(measured.rows["rms"][k]),
+                "gradient_rms": float(measured.rows["gradient_rms"][k]),
+                "zero_share": float(measured.rows["zero_share"][k]),
+                "weight_gradient_rms": max(sizes) if sizes else None,
+                "parameters": owners,
+            }
+        )
+    return tuple(rows)
+
+
+def _facts(evidence: Evidence) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "loss": evidence.initial.value, "gradient_norm": evidence.initial.norm,
+        "chance": evidence.chance, "parameters": sum(v.size for v in evidence.problem.values),
+    }  # fmt: skip
+    if () in evidence._runs:
+        run = evidence.main
+        facts |= {
+            "steps": len(run.losses), "loss_at_the_end": run.last,
+            "update_over_weight": run.update_ratio, "stopped": run.stopped,
+            "micro_steps": evidence.every,
+        }  # fmt: skip
+    return facts

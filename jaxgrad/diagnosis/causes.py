@@ -1,0 +1,73 @@
+"""From findings to one primary cause: what stands first in the chain explains what follows."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jaxgrad.diagnosis.finding import SEVERITIES, Finding, as_consequence
+
+# The chain from program to symptom. An earlier group explains alarms of all later ones.
+_CHAIN: tuple[tuple[str, ...], ...] = (
+    ("gradient.blocked", "loss.single_class_softmax", "data.labels_out_of_range",
+     "norm.batch_of_one", "loss.output_mismatch", "loss.double_softmax", "optimizer.ascent",
+     "accumulation.*"),
+    ("optimizer.clip_after_update",),
+    ("precision.overflow", "precision.underflow", "gradient.nonfinite"),
+    ("init.symmetric",),
+    ("data.unnormalized",),
+    ("regularization.*",),
+    ("attention.logit_growth",),
+    ("init.too_small", "init.activation_mismatch"),
+    ("unit.saturated",),
+    ("init.too_large",),
+    ("attention.rank_collapse",),
+    ("unit.dead",),
+    ("gradient.vanishing", "gradient.exploding"),
+    ("norm.post_ln_without_warmup",),
+    ("optimizer.clip_always",),
+    ("batch.too_small",),
+    ("lr.too_high", "lr.too_low"),
+    ("loss.spike",),
+)  # fmt: skip
+# Faults of the program that stand beside whatever else is wrong, and explain none of it.
+_APART = {"optimizer.clip_after_update", "optimizer.clip_always"}
+
+
+def rank(finding: Finding) -> int:
+    """Place in the chain; what attention does late is what the learning rate did to it."""
+    if finding.code == "attention.logit_growth" and finding.stage == "running":
+        return len(_CHAIN)
+    for i, group in enumerate(_CHAIN):
+        for code in group:
+            if finding.code == code or (code.endswith("*") and finding.code.startswith(code[:-1])):
+                return i
+    return len(_CHAIN)
+
+
+def judge(findings: Sequence[Finding]) -> tuple[Finding | None, tuple[Finding, ...]]:
+    """Chooses the primary cause; every alarm that it explains becomes its consequence.
+
+    Args:
+        findings: what the rules found.
+
+    Returns:
+        The primary cause, or None, and all findings: the primary first, then other alarms, then
+        what is for information.
+    """
+    alarms = sorted(
+        (f for f in findings if f.is_alarm),
+        key=lambda f: (rank(f), SEVERITIES.index(f.severity), -f.confidence),
+    )
+    rest = [f for f in findings if not f.is_alarm]
+    if not alarms:
+        return None, tuple(rest)
+    primary, others = alarms[0], []
+    for other in alarms[1:]:
+        apart = {primary.code, other.code} & _APART
+        if apart and rank(other) == rank(primary):
+            others.append(other)
+        elif apart and other.code in _APART:
+            others.append(replace(other))
+        else:
+            others.append(as_consequence(other, primary.code))
+    order = sorted(others, key=lambda f: SEVERITIES.index(f.severity))
+    return primary, (primary, *order, *rest)

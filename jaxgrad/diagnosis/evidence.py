@@ -1,0 +1,291 @@
+"""What the rules judge by: one place that runs passes and trainings, each at most once."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxgrad.diagnosis.passes import Birth, Instrument, Measurement, births, forward_values
+from jaxgrad.diagnosis.problem import Problem
+from jaxgrad.diagnosis.structure import Activation, Softmax, Structure, read_structure
+from jaxgrad.diagnosis.training import Run, Trainer
+from jaxgrad.diagnosis.wiring import Wiring, wire
+from jaxgrad.graph.ir import Value
+from jaxgrad.optim.order import Order, clip_order
+from jaxgrad.optim.reading import flattened, read_steps
+
+Progress = Callable[[str], None]
+# A run that takes this share off its loss is learning.
+LEARNS = 0.3
+_STEPS = (80, 160)
+_BUDGET = 4e10  # floating-point operations of one training
+
+
+class Evidence:
+    """Everything that is known of a problem; what costs something is found when it is asked for.
+
+    Attributes:
+        problem: the problem.
+        optimizer: the user's, or None.
+        wiring: the dataflow of the loss.
+        structure: what the loss is built of.
+        instrument: the instrumented pass.
+        initial: its measurement on the given parameters.
+        notes: probes that could not be run.
+    """
+
+    def __init__(self, problem: Problem, optimizer: Any, progress: Progress | None) -> None:
+        self.problem, self.optimizer = problem, optimizer
+        self.tell: Progress = progress or (lambda _: None)
+        self.notes: list[str] = []
+        self.tell("tracing the loss")
+        self.wiring: Wiring = wire(problem)
+        self.structure: Structure = read_structure(self.wiring)
+        self.instrument = Instrument(problem, self.wiring, self.structure)
+        self.undifferentiable = ""
+        self._runs: dict[Any, Run] = {}
+
+    # ----------------------------------------------------------------------------- passes
+
+    @functools.cached_property
+    def initial(self) -> Measurement:
+        """One pass on the given parameters."""
+        self.tell("measuring the layers at the given parameters")
+        return self.instrument.measure(self.problem.values)
+
+    @functools.cached_property
+    def values(self) -> dict[Value, np.ndarray]:
+        """Tensors of the head, the labels and the data, as they are."""
+        found = self.structure
+        wanted = [s.source for s in found.softmaxes if s.head]
+        wanted += [d.prediction for d in found.differences]
+        wanted += [d.target for d in found.differences if isinstance(d.target, int)]
+        wanted += [h.source for h in found.log_heads]
+        wanted += [i.value for i in found.indices]
+        wanted += [m.predicate for m in found.masks]
+        wanted += [v for a in found.activations for f in a.affine for v in self.data_of(f.op)]
+        self.tell("looking at data, labels and outputs")
+        return forward_values(self.problem, self.wiring, list(dict.fromkeys(wanted)))
+
+    def data_of(self, op: Any) -> list[Value]:
+        """The operands of an operation that come from the data alone."""
+        inputs = [v for v in op.inputs if isinstance(v, int)]
+        return [v for v in inputs if v in self.wiring.from_data and v not in self.wiring.depends]
+
+    @functools.cached_property
+    def perturbed(self) -> list[Measurement]:
+        """Passes at random parameters near the given ones: zeros there move too."""
+        self.tell("measuring the layers at random parameters")
+        found = []
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            moved = []
+            for value in self.problem.values:
+                x = np.asarray(value, np.float32)
+                size = max(float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0, 0.1)
+                moved.append(jnp.asarray(x + size * rng.standard_normal(x.shape), value.dtype))
+            found.append(self.instrument.measure(moved))
+        return found
+
+    @functools.cached_property
+    def births(self) -> tuple[Birth | None, Birth | None]:
+        """Where NaN or infinity was made first: at the given parameters, or where the run broke."""
+        self.tell("looking for the operation that made NaN or infinity")
+        run = self.main if self.initial.finite else None
+        values = self.problem.values if run is None else run.values
+        return births(self.problem, self.wiring, values, self.broken_batch)
+
+    @property
+    def broken_batch(self) -> Any:
+        """The batch at which the run broke, the problem's own if it did not."""
+        if self.initial.finite and self.main.stopped is not None:
+            return self.problem.batches[self.main.stopped % len(self.problem.batches)]
+        return self.problem.batch
+
+    # ----------------------------------------------------------------------------- heads
+
+    @functools.cached_property
+    def head(self) -> Softmax | None:
+        """The softmax of a classification."""
+        heads = [s for s in self.structure.softmaxes if s.head]
+        return heads[-1] if heads else None
+
+    @property
+    def chance(self) -> float | None:
+        """Loss of a guess, ln K, where the loss is a cross-entropy over K > 1 classes."""
+        if self.head is None or self.head.size < 2:
+            return None
+        return math.log(self.head.size)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the given parameters already know something."""
+        return self.chance is not None and self.initial.value < 0.7 * self.chance
+
+    def hidden(self) -> list[Activation]:
+        """Activations between layers, in forward order, that gate nothing."""
+        return [a for a in self.structure.activations if not a.gate]
+
+    # ----------------------------------------------------------------------------- training
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """Number of steps of a training, fewer for big models."""
+        flops = 0.0
+        for op in self.wiring.ops():
+            if op.name in ("dot_general", "conv_general_dilated"):
+                sizes = [float(np.prod(self.wiring.shape(r))) for r in op.inputs[:2]]
+                out = float(np.prod(self.wiring.shape(op.outputs[0])))
+                work = math.sqrt(sizes[0] * sizes[1] * out)  # exact for a product of matrices
+                flops += 6 * work * float(np.prod(self.wiring.lengths[op] or (1,)))
+        return int(np.clip(_BUDGET / max(flops, 1.0), *_STEPS))
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """The compiled training."""
+        return Trainer(self.problem, self.optimizer, self.steps)
+
+    def run(self, **circumstances: Any) -> Run:
+        """A training, remembered by its circumstances (numbers only)."""
+        key = tuple(sorted(circumstances.items()))
+        if key not in self._runs:
+            words = ", ".join(f"{k} {v}" for k, v in key) or "as given"
+            self.tell(f"training {self.steps} steps ({words})")
+            self._runs[key] = self.trainer.run(**circumstances)
+        return self._runs[key]
+
+    def run_from(self, values: list[Array] | None = None, stack: Any = None) -> Run:
+        """A training from other parameters or on other data."""
+        self.tell(f"training {self.steps} steps from other parameters or on other data")
+        return self.trainer.run(values, stack=stack)
+
+    @property
+    def main(self) -> Run:
+        """The training as given."""
+        return self.run()
+
+    def progress(self, run: Run) -> float:
+        """The share of its loss that a run took off, from the smaller of first loss and chance.
+
+        1 for a positive loss that went to zero; negative for a run that made it worse.
+        """
+        base = self.initial.value if np.isfinite(self.initial.value) else run.first
+        if self.chance is not None and base > 0:
+            base = min(base, self.chance)
+        if not math.isfinite(run.last):
+            return -math.inf
+        return (base - run.last) / max(abs(base), 1e-12)
+
+    @functools.cached_property
+    def alternatives(self) -> dict[str, Run]:
+        """The same training at other learning rates, and with Adam at 1e-3."""
+        found = {"scale 0.1": self.run(scale=0.1), "scale 0.01": self.run(scale=0.01)}
+        found["scale 10"] = self.run(scale=10.0)
+        if self.optimizer is not None:
+            found["Adam 1e-3"] = self.run(reference=True)
+        return found
+
+    @functools.cached_property
+    def learns(self) -> bool:
+        """Whether the training as given gets somewhere: in itself, or next to the alternatives.
+
+        A loss that nothing lowers has converged, or is noise: that is no failure of the training.
+        """
+        own = self.progress(self.main)
+        if own >= LEARNS:
+            return True
+        if self.main.stopped is not None:
+            return False
+        best = max(self.progress(run) for run in self.alternatives.values())
+        return best < 0.1 or own > 0.4 * best
+
+    @functools.cached_property
+    def stuck(self) -> bool:
+        """Whether the training as given gets nowhere, whatever the learning rate.
+
+        For rules that have seen a symptom: what is not `learns` is stuck, and so is a loss at
+        chance that nothing lowers.
+        """
+        if self.improves or self.is_trained:
+            return False
+        if self.main.stopped is not None:
+            return True
+        own = self.progress(self.main)
+        best = max(self.progress(run) for run in self.alternatives.values())
+        return best < 0.1 or own <= 0.4 * best
+
+    @property
+    def improves(self) -> bool:
+        """Whether the training as given lowers the loss markedly; needs no alternative run."""
+        return self.progress(self.main) >= LEARNS
+
+    @functools.cached_property
+    def final(self) -> Measurement:
+        """One pass at the end of the training as given."""
+        return self.instrument.measure(self.main.values)
+
+    # ----------------------------------------------------------------------------- optimizer
+
+    @functools.cached_property
+    def clip(self) -> Order | None:
+        """Where the optimizer clips; None where it has no clip that could be read."""
+        if self.optimizer is None:
+            return None
+        read = flattened(read_steps(self.optimizer))
+        if read and not any(step.kind == "clip" for step in read):
+            return None
+        self.tell("probing the optimizer")
+        try:
+            return clip_order(self.optimizer, self.problem.tree(self.problem.values))
+        except Exception as error:  # an optimizer that needs more than gradients
+            self.notes.append(f"the optimizer could not be probed: {error}")
+            return None
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the updates grow from next to nothing over the run."""
+        ratio = self.main.update_norms[self.main.update_norms > 0]
+        if len(ratio) < 8:
+            return False
+        start, end = float(ratio[0]), float(np.median(ratio[len(ratio) // 2 :]))
+        middle = float(np.median(ratio[: len(ratio) // 4]))
+        return start < 0.2 * end and middle < 0.8 * end
+
+    @functools.cached_property
+    def every(self) -> int:
+        """Number of micro-steps from update to update; 1 without accumulation."""
+        moved = self.main.update_norms > 0
+        if not moved.any() or moved.mean() > 0.6:
+            return 1
+        first = int(np.argmax(moved))
+        second = np.flatnonzero(moved[first + 1 :])
+        return int(second[0]) + 1 if second.size else first + 1
+
+
+def leaf_index(evidence: Evidence) -> dict[str, int]:
+    """Name -> position of the parameter leaves."""
+    return {name: i for i, name in enumerate(evidence.problem.names)}
+
+
+def source_line(op: Any) -> str:
+    """The user's line that made an operation."""
+    from jaxgrad.graph import compat
+
+    return compat.source_line(op.eqn)
+
+
+def forward_and_back(evidence: Evidence) -> str:
+    """The error that JAX raises on differentiating the loss, or an empty string."""
+    problem = evidence.problem
+    try:
+        _ = jax.eval_shape(
+            jax.grad(lambda values: problem.value(values, problem.batch)), problem.values
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

@@ -1,0 +1,246 @@
+"""Short instrumented trainings: one compiled program, run under other circumstances.
+
+The scale of the updates, a warm-up, other parameters, another optimizer and other data are
+arguments of the program, so that a counterfactual costs its steps and no compilation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from jaxgrad.diagnosis.problem import Problem
+
+REFERENCE_RATE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A short training.
+
+    Attributes:
+        losses: loss before every step, (T,); NaN from the first step that was not finite on.
+        gradient_norms: norm of the raw gradient, (T,).
+        update_norms: norm of what was added to the parameters, (T,).
+        alignment: cosine between update and negative gradient, (T,).
+        weight_rms, gradient_rms, update_rms: of every leaf, (T, leaves).
+        values: the last parameters; those of the first step that was not finite, if there is one.
+        stopped: that step, or None.
+    """
+
+    losses: np.ndarray
+    gradient_norms: np.ndarray
+    update_norms: np.ndarray
+    alignment: np.ndarray
+    weight_rms: np.ndarray
+    gradient_rms: np.ndarray
+    update_rms: np.ndarray
+    values: list[Array]
+    stopped: int | None
+    loss_finite_at_stop: bool
+
+    @property
+    def first(self) -> float:
+        """The loss at the beginning."""
+        return float(self.losses[0])
+
+    @property
+    def last(self) -> float:
+        """The loss at the end: median of the last tenth; infinite if the run broke down."""
+        if self.stopped is not None:
+            return float("inf")
+        tail = self.losses[-max(len(self.losses) // 10, 1) :]
+        return float(np.median(tail))
+
+    @property
+    def lowest(self) -> float:
+        """The lowest smoothed loss of the run."""
+        finite = self.losses[np.isfinite(self.losses)]
+        if finite.size == 0:
+            return float("inf")
+        width = max(len(finite) // 10, 1)
+        smooth = np.convolve(finite, np.ones(width) / width, mode="valid")
+        return float(smooth.min())
+
+    @property
+    def drop(self) -> float:
+        """By how much the loss fell, relative to its first value."""
+        return (self.first - self.last) / max(abs(self.first), 1e-12)
+
+    @property
+    def update_ratio(self) -> float:
+        """Median over steps and leaves of update RMS over weight RMS, where something moved."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = self.update_rms / self.weight_rms
+        ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+        return float(np.median(ratio)) if ratio.size else 0.0
+
+
+class Trainer:
+    """The compiled training of a problem.
+
+    Args:
+        problem: the problem.
+        tx: the user's optimizer, or None for the reference alone (Adam at 1e-3).
+        steps: number of steps.
+    """
+
+    def __init__(self, problem: Problem, tx: Any, steps: int) -> None:
+        self.problem, self.steps = problem, steps
+        self.reference = optax.adam(REFERENCE_RATE)
+        self.tx = (
+            self.reference if tx is None else optax.with_extra_args_support(_transformation(tx))
+        )
+        self.own = tx is not None
+        self._compiled = jax.jit(self._run)
+        self.stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *_arrays(problem.batches))
+
+    def _batch(self, stack: PyTree, t: Array) -> PyTree:
+        count = len(self.problem.batches)
+        picked = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, t % count, keepdims=False), stack
+        )
+        return _with_arrays(self.problem.batch, picked)
+
+    def _grads(self, values: list[Array], batch: PyTree, key: Any) -> tuple[Array, list[Array]]:
+        def objective(values: list[Array]) -> Array:
+            return self.problem.value(values, batch, key)
+
+        return jax.value_and_grad(objective)(values)
+
+    def _run(self, values: list[Array], stack: PyTree, controls: dict[str, Array]) -> Any:
+        problem = self.problem
+        tree = problem.tree(values)
+        states = (self.tx.init(tree), self.reference.init(tree))
+
+        def step(carry: Any, t: Array) -> Any:
+            values, states, ok = carry
+            key = None if problem.key is None else jax.random.fold_in(problem.key, t)
+            batch = self._batch(stack, t)
+            loss, grads = self._grads(values, batch, key)
+            tree, gradient = problem.tree(values), problem.tree(grads)
+            extra = {"value": loss, "grad": gradient}
+            own, own_state = self.tx.update(gradient, states[0], tree, **extra)
+            ref, ref_state = self.reference.update(gradient, states[1], tree)
+            chosen = controls["reference"]
+            ramp = jnp.minimum(1.0, (t + 1) / jnp.maximum(controls["warmup"], 1.0))
+            factor = controls["scale"] * ramp
+            updates = [
+                jnp.where(chosen > 0, b, a).astype(jnp.float32) * factor * (1.0 if use else 0.0)
+                for a, b, use in zip(
+                    problem.flat(own), problem.flat(ref), problem.trainable, strict=True
+                )
+            ]
+            good = ok & jnp.isfinite(loss) & _all_finite(grads)
+            moved = [
+                jnp.where(good, (p + u).astype(p.dtype), p)
+                for p, u in zip(values, updates, strict=True)
+            ]
+            row = _row(loss, values, grads, updates) | {"good": good, "finite": jnp.isfinite(loss)}
+            return (moved, (own_state, ref_state), good), row
+
+        start = (values, states, jnp.asarray(True))
+        (values, _, _), rows = jax.lax.scan(step, start, jnp.arange(self.steps))
+        return values, rows
+
+    def run(
+        self,
+        values: Sequence[Array] | None = None,
+        *,
+        scale: float = 1.0,
+        warmup: int = 0,
+        reference: bool = False,
+        stack: PyTree = None,
+    ) -> Run:
+        """Trains.
+
+        Args:
+            values: parameters to start from; None for the problem's own.
+            scale: factor of all updates.
+            warmup: steps over which the updates are ramped up.
+            reference: Adam at 1e-3 in the place of the user's optimizer.
+            stack: batches, stacked along a first axis; None for the problem's own.
+        """
+        controls = {
+            "scale": jnp.float32(scale),
+            "warmup": jnp.float32(warmup),
+            "reference": jnp.float32(reference),
+        }
+        start = list(self.problem.values if values is None else values)
+        final, rows = self._compiled(start, self.stack if stack is None else stack, controls)
+        rows = jax.device_get(rows)
+        good = np.asarray(rows["good"])
+        stopped = None if good.all() else int(np.argmin(good))
+        losses = np.where(good, np.asarray(rows["loss"], np.float64), np.nan)
+        finite = stopped is None or bool(rows["finite"][stopped])
+        return Run(
+            losses, rows["gradient_norm"], rows["update_norm"], rows["alignment"],
+            rows["weight_rms"], rows["gradient_rms"], rows["update_rms"], final, stopped, finite,
+        )  # fmt: skip
+
+
+def _transformation(tx: Any) -> Any:
+    """An optax transformation, also out of an object that holds one (an `nnx.Optimizer`)."""
+    if not hasattr(tx, "init") and hasattr(tx, "tx"):
+        tx = tx.tx
+    return optax.GradientTransformationExtraArgs(tx.init, _accepting(tx))
+
+
+def _accepting(tx: Any) -> Any:
+    wrapped = tx if isinstance(tx, optax.GradientTransformation) else None
+    if wrapped is not None:
+        return optax.with_extra_args_support(wrapped).update
+
+    def update(grads: PyTree, state: PyTree, params: PyTree = None, **_: Any) -> Any:
+        return tx.update(grads, state, params)
+
+    return update
+
+
+def _arrays(batches: Sequence[PyTree]) -> list[list[Array]]:
+    return [[x for x in jax.tree.leaves(b) if isinstance(x, jax.Array)] for b in batches]
+
+
+def _with_arrays(batch: PyTree, arrays: list[Array]) -> PyTree:
+    leaves, treedef = jax.tree.flatten(batch)
+    rest = iter(arrays)
+    return treedef.unflatten([next(rest) if isinstance(x, jax.Array) else x for x in leaves])
+
+
+def _all_finite(leaves: Sequence[Array]) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+
+
+def _norm_of(leaves: Sequence[Array]) -> tuple[Array, Array]:
+    """Root mean square of every leaf, and the norm of them all, without overflow."""
+    wide = [x.astype(jnp.float32) for x in leaves]
+    unit = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in wide]))
+    unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1.0)
+    squares = jnp.stack([jnp.sum(jnp.square(x / unit)) for x in wide])
+    sizes = jnp.asarray([max(x.size, 1) for x in wide], jnp.float32)
+    return jnp.sqrt(squares / sizes) * unit, jnp.sqrt(jnp.sum(squares)) * unit
+
+
+def _row(
+    loss: Array, values: list[Array], grads: list[Array], updates: list[Array]
+) -> dict[str, Array]:
+    weights, _ = _norm_of(values)
+    gradient, gradient_norm = _norm_of(grads)
+    update, update_norm = _norm_of(updates)
+    inner = sum(
+        jnp.vdot(
+            g.astype(jnp.float32) / jnp.maximum(gradient_norm, 1e-37),
+            u.astype(jnp.float32) / jnp.maximum(update_norm, 1e-37),
+        ).real
+        for g, u in zip(grads, updates, strict=True)
+    )
+    return {
+        "loss": loss.astype(jnp.float32), "gradient_norm": gradient_norm,
+        "update_norm": update_norm, "alignment": -inner, "weight_rms": weights,
+        "gradient_rms": gradient, "update_rms": update,
+    }  # fmt: skip
