@@ -100,7 +100,8 @@ def _threshold(evidence: Evidence) -> float | None:
             for _ in range(min(every, 8)):
                 updates, state = tx.update(problem.tree(grads), state, tree)
             floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-            return [jnp.sum(jnp.abs(x)) for x in (*floats, *problem.flat(updates))]
+            seen = problem.flat(updates) if evidence.clip == "stateless" else floats
+            return [jnp.sum(jnp.abs(x)) for x in seen]
 
         return jax.lax.map(one, factors)
 

@@ -1,0 +1,133 @@
+"""What a training run records, as an optax-compatible transformation.
+
+The norm that a log shows is the raw gradient's, or the clipped one's, or the update's: three
+numbers that users mistake for each other. Here each has its name.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from jaxgrad.optim.accumulating import _chain_parts, _closure
+from jaxgrad.optim.reading import flattened, read_steps
+from jaxgrad.tree import global_norm, inexact_leaves
+
+
+class Figures(NamedTuple):
+    """The numbers of the last step that was measured; float32 scalars.
+
+    Attributes:
+        raw: global norm of the gradient as it came.
+        clipped: of the gradient behind the clips that stand first in the chain; `raw` without any.
+        update: of what is added to the parameters.
+        weight: of the parameters; 0 if the optimizer was not given them.
+        alignment: cosine between the update and the negative gradient.
+        nonfinite: number of NaN and infinite elements of the gradient.
+    """
+
+    raw: Array
+    clipped: Array
+    update: Array
+    weight: Array
+    alignment: Array
+    nonfinite: Array
+
+
+class WatchState(NamedTuple):
+    """State of `watch`.
+
+    Attributes:
+        inner: state of the watched transformation.
+        count: steps so far.
+        measured: how many of them were measured.
+        clipped_steps: in how many of those a clip was active.
+        figures: numbers of the last measured one.
+    """
+
+    inner: Any
+    count: Array
+    measured: Array
+    clipped_steps: Array
+    figures: Figures
+
+
+def watch(tx: Any, every: int = 1) -> optax.GradientTransformationExtraArgs:
+    """Wraps a transformation so that its state says what it does; the updates stay the same.
+
+    Args:
+        tx: any optax transformation.
+        every: only every so-many-th step is measured, the first one among them.
+
+    Returns:
+        A transformation with state `WatchState`.
+
+    Raises:
+        ValueError: if `every` is less than one.
+    """
+    if every < 1:
+        raise ValueError(f"watch(tx, every): expected every >= 1, got {every}")
+    clips = leading_clips(tx)
+    watched = optax.with_extra_args_support(tx)
+
+    def init(params: PyTree) -> WatchState:
+        zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+        return WatchState(watched.init(params), none, none, none, Figures(*[zero] * 6))
+
+    def update(grads: PyTree, state: WatchState, params: PyTree = None, **extra: Any) -> Any:
+        updates, inner = watched.update(grads, state.inner, params, **extra)
+
+        def measure() -> tuple[Array, Array, Figures]:
+            figures = _figures(grads, _clipped(clips, grads, params), updates, params)
+            active = figures.clipped < figures.raw * (1 - 1e-6)
+            return state.measured + 1, state.clipped_steps + active.astype(jnp.int32), figures
+
+        def skip() -> tuple[Array, Array, Figures]:
+            return state.measured, state.clipped_steps, state.figures
+
+        due = state.count % every == 0
+        measured, active, figures = jax.lax.cond(due, measure, skip) if every > 1 else measure()
+        count = optax.safe_increment(state.count)
+        return updates, WatchState(inner, count, measured, active, figures)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def leading_clips(tx: Any) -> list[Any]:
+    """The clips that stand first in a chain, as far as its closures show them."""
+    parts = _chain_parts(_closure(tx.update))
+    clips = []
+    for part in parts:
+        steps = flattened(read_steps(part))
+        if not steps or any(step.kind != "clip" for step in steps):
+            break
+        clips.append(part)
+    return clips
+
+
+def _clipped(clips: list[Any], grads: PyTree, params: PyTree) -> PyTree:
+    for clip in clips:  # clips keep no state that matters
+        grads, _ = clip.update(grads, clip.init(params if params is not None else grads), params)
+    return grads
+
+
+def _figures(grads: PyTree, clipped: PyTree, updates: PyTree, params: PyTree) -> Figures:
+    raw, update = _norm(grads), _norm(updates)
+    safe = [jnp.where(n > 0, n, 1.0) for n in (raw, update)]
+    pairs = zip(inexact_leaves(grads), inexact_leaves(updates), strict=True)
+    inner = sum(
+        jnp.vdot(g.astype(jnp.float32) / safe[0], u.astype(jnp.float32) / safe[1]).real
+        for g, u in pairs
+    )
+    bad = sum(jnp.sum(~jnp.isfinite(g)) for g in inexact_leaves(grads))
+    weight = _norm(params) if params is not None else jnp.zeros((), jnp.float32)
+    single = [
+        jnp.asarray(x, jnp.float32) for x in (raw, _norm(clipped), update, weight, -inner, bad)
+    ]
+    return Figures(*single)
+
+
+def _norm(tree: PyTree) -> Array:
+    return global_norm(tree).astype(jnp.float32)
