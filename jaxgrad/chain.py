@@ -147,21 +147,29 @@ def factorize(
 ) -> Chain:
     """Factor a function into its exact chain of layers: cut where its dataflow narrows.
 
+    A function without an operation on its input, such as `lambda x: x`, is the empty chain: one
+    state, no layers, and the identity as the product of its Jacobians.
+
+    A flax NNX module is called as it is, `factorize(model, x)`; to hold its parameters apart,
+    `graph, params = nnx.split(model)` and `factorize(lambda x: nnx.merge(graph, params)(x), x)`.
+
     Args:
         f: any JAX function of arrays: plain, flax linen or NNX, equinox, haiku, with `jit`, `scan`,
             `remat`, ...
         *args: its arguments; all but `argnum` are held fixed.
-        argnum: the argument that the chain starts from.
+        argnum: the argument that the chain starts from; negative numbers count from the end.
         batch_axis: None if `f` takes one example; else the axis of the argument that counts
             examples, whose independence of each other is then verified.
         layers: "scopes": one layer a module; "cuts": a layer between any two cuts; an integer: one
             layer a scope of that depth.
 
     Returns:
-        The chain. `chain.graph` says what was opaque, uncovered, named by jaxgrad, or held as a
-        side input.
+        The chain. `chain.graph` says what was opaque (run, and differentiated by its own rules, but
+        not looked into: `shard_map`, `while`, custom derivatives, callbacks), uncovered, named by
+        jaxgrad, or held as a side input.
 
     Raises:
+        TypeError: if the argument does not exist, or a leaf of it is no real array.
         ValueError: if no gradient path leads from the argument to the output (it names what stops
             it), if the output is no array, or if the examples of a batch are coupled (it names
             where).

@@ -5,6 +5,7 @@ tap at the output of every layer, and differentiates with respect to the taps' s
 statistics are the slots' "gradients".
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,13 @@ class Flow:
     are in forward order; a layer inside a scan has a row an iteration. Arrays have shape
     `(len(names),)` (leading axes are added by `vmap`) and are float32, float64 only if a tapped
     tensor is. A row in a branch of a `cond` that was not taken holds NaN in its statistics and 0 in
-    its counts.
+    its counts; where JAX is set to stop at NaNs (`jax_debug_nans`, when traced) the NaN is -1, which
+    no root mean square, maximum or share can be.
+
+    A loss may take derivatives itself: a gradient penalty, an inner training step, a PINN's u_x.
+    Rows are the activations of its forward passes outside of them, the one with the updated
+    parameters for example. What inner backward passes and tangents compute has no row; a layer that
+    runs inside an inner derivative only has one row, of its first forward pass there.
 
     Attributes:
         activation_rms: root mean square of the layer's output.
@@ -131,6 +138,9 @@ def value_and_grad_flow(
     and haiku name theirs) or, without scopes, of every module that the parameters' paths name;
     `jaxgrad.tap` adds sites.
 
+    For flax NNX split the module and merge it inside: `graph, params = nnx.split(model)`, then
+    `value_and_grad_flow(lambda params, x: loss(nnx.merge(graph, params)(x)))(params, x)`.
+
     Args:
         fun: function that returns a real scalar, or `(scalar, aux)` with `has_aux`.
         argnums: which positional arguments to differentiate. They may be any pytrees: leaves that
@@ -145,6 +155,7 @@ def value_and_grad_flow(
     Raises:
         TypeError: if `fun` does not return a real floating-point scalar, or nothing can be
             differentiated.
+        ValueError: if the gradient meets a call to Python without a derivative; it names the layer.
     """
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -203,9 +214,12 @@ class _Program:
             (value, *aux), records = tapped.run(block, values, slots)
             return value, (aux, records)
 
-        (value, (aux, records)), (grads, slot_grads) = jax.value_and_grad(
-            objective, argnums=(0, 1), has_aux=True
-        )(wanted, slots)
+        differentiated = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+        try:
+            (value, (aux, records)), (grads, slot_grads) = differentiated(wanted, slots)
+        except ValueError as error:
+            reading.explain(error, block, self.labels)
+            raise
         return value, self._join_aux(aux), self._flow(records, slot_grads, grads), grads
 
     def _join_aux(self, aux: list[Any]) -> Any:
@@ -221,7 +235,7 @@ class _Program:
         weight_gradient_rms, nonfinite = statistics.leaf_statistics(grads)
 
         def measured(statistic: Callable[..., Array], found: statistics.Sums) -> Array:
-            return jnp.where(ran > 0, statistic(found), jnp.nan)
+            return jnp.where(ran > 0, statistic(found), _missing())
 
         return Flow(
             activation_rms=measured(statistics.rms, activations),
@@ -247,7 +261,6 @@ class _Program:
             ),
         )
 
-
     def _sums(
         self, records: dict[int, Array], names: tuple[str, ...], index: np.ndarray
     ) -> tuple[statistics.Sums, Array]:
@@ -260,6 +273,11 @@ class _Program:
 
 def _measure(x: Array, slot: Array) -> tuple[Array, Array]:
     return taps.statistics_tap(x, slot), statistics.sums(x, statistics.ACTIVATION)
+
+
+def _missing() -> float:
+    """What stands for a statistic of what was not run: no one must take it for a measurement."""
+    return -1.0 if jax.config.jax_debug_nans else math.nan
 
 
 def _blank_record(slot: Array) -> Array:

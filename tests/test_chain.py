@@ -424,3 +424,89 @@ def test_a_long_scan_does_not_compile_once_an_iteration():
     )
     assert len(chain) >= 41
     assert 0 < len(compiled) < 20
+
+
+# ------------------------------------------------------------------- what a critical reader found
+
+
+def test_the_identity_is_the_empty_chain():
+    x = jnp.linspace(-1, 1, 6).reshape(2, 3)
+    chain = jg.factorize(lambda x: x, x)
+    assert len(chain) == 0 and chain.graph.cuts == 1
+    (only,) = chain.states(x)
+    np.testing.assert_array_equal(only, x)
+    np.testing.assert_array_equal(chain(2 * x), 2 * x)
+    assert jg.layer_jacobians(chain, x) == ()
+    np.testing.assert_array_equal(jg.jacobian_product(chain, x).to_dense(), np.eye(6))
+
+
+def test_a_negative_argnum_counts_from_the_end():
+    w, x = deep(1)[0], jnp.linspace(-1, 1, 6)
+
+    def f(w, x):
+        return jnp.tanh(x @ w)
+
+    last, same = jg.factorize(f, w, x, argnum=-1), jg.factorize(f, w, x, argnum=1)
+    assert last.names == same.names == ("w",)
+    np.testing.assert_array_equal(last(2 * x), same(2 * x))
+    with pytest.raises(TypeError, match="argnum=-3"):
+        jg.factorize(f, w, x, argnum=-3)
+
+
+def test_a_leaf_that_is_no_array_is_named():
+    with pytest.raises(TypeError, match=r"leaf 'kind' of argument 'a' is 'fast', of type str"):
+        jg.factorize(lambda a: a["x"] * 2, {"x": jnp.ones(3), "kind": "fast"})
+    with pytest.raises(TypeError, match=r"argument 'a' is 'fast', of type str.*argnum="):
+        jg.factorize(lambda a, x: x * 2, "fast", jnp.ones(3))
+
+
+def test_python_without_a_derivative_is_listed_and_its_layer_named_by_the_error():
+    w = deep(2)
+    params = {"first": {"w": w[0]}, "last": {"w": w[1]}}
+
+    def f(x):
+        h = x @ params["first"]["w"]
+        h = jax.pure_callback(np.sin, jax.ShapeDtypeStruct(h.shape, h.dtype), h)
+        return h @ params["last"]["w"]
+
+    x = jnp.linspace(-1, 1, 6)
+    chain = jg.factorize(f, x)
+    assert [text for text in chain.graph.opaque if text.startswith("pure_callback")]
+    np.testing.assert_allclose(chain(x), f(x), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"layer 'first' calls Python by pure_callback"):
+        jg.layer_jacobians(chain, x)
+
+
+def test_nested_scans_are_read_in_one_pass_a_level():
+    """Counted, not timed: 16 times the layers take 16 times the looks, not 256 times."""
+    counts = []
+    for n in (4, 16):
+        w = jnp.ones((n, n, 3, 3)) / 3
+
+        def f(x, w=w):
+            step = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731
+            return jax.lax.scan(lambda h, w: (jax.lax.scan(step, h, w)[0], None), x, w)[0]
+
+        calls = 0
+
+        def counted(op, original=flatten.value_inputs):
+            nonlocal calls
+            calls += 1
+            return original(op)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flatten, "value_inputs", counted)
+            chain = jg.factorize(f, jnp.ones(3))
+        assert len(chain) == n * n
+        counts.append(calls)
+    assert counts[1] < 20 * counts[0]
+
+
+def test_a_layer_of_many_modules_has_a_short_name():
+    w = deep(9)
+
+    def f(x):
+        return sum(jnp.tanh(x @ params[f"w{k}"]) * (k + 1) for k in range(9))
+
+    params = {f"w{k}": a for k, a in enumerate(w)}
+    assert jg.factorize(f, jnp.ones(6)).names == ("w0+w1+6 more+w8",)

@@ -426,6 +426,42 @@ def test_a_shard_map_is_listed_with_what_it_means():
     assert flow.uncovered == () and chain.graph.uncovered == ()
 
 
+def test_a_call_to_python_without_a_derivative_is_located():
+    def loss(p, x):
+        h = x @ p["l1"]["w"]
+        h = jax.pure_callback(np.sin, jax.ShapeDtypeStruct(h.shape, h.dtype), h)
+        return jnp.mean(h @ p["l2"]["w"])
+
+    with pytest.raises(ValueError, match=r"calls Python in or after layer 'l1' \(.*custom_jvp"):
+        flow_of(loss, P, X)
+    stopped = flow_of(lambda p, x: loss(P, x) + mlp(p, x).mean(), P, X)
+    assert [text for text in stopped.opaque if text.startswith("pure_callback")]
+
+
+# ------------------------------------------------------------------- what was not run
+
+
+def branches(p, x):
+    def other(x):
+        return jg.tap(x * p["l1"]["w"][0, 0], "other")
+
+    return jnp.mean(jax.lax.cond(x[0, 0] > 1e6, other, lambda x: jnp.tanh(x), mlp(p, x)))
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_a_branch_not_taken_does_not_trip_the_search_for_nans(wrap):
+    run = wrap(jg.value_and_grad_flow(branches))
+    with jax.debug_nans(True):
+        (_, flow), _ = run(P, X)
+    other = flow.names.index("other")
+    for statistic in ("rms", "max", "zero_share"):
+        assert getattr(flow, f"activation_{statistic}")[other] == -1
+    assert flow.gradient_rms[other] == flow.gradient_max[other] == -1
+    assert flow.nonfinite == 0 and flow.gradient_reached[other] == 0
+    (_, plain), _ = jg.value_and_grad_flow(branches)(P, X)
+    assert np.isnan(plain.activation_rms[other]) and np.isnan(plain.gradient_rms[other])
+
+
 # ------------------------------------------------------------------- cost
 
 

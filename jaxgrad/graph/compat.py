@@ -144,8 +144,7 @@ def bind_shared(eqn: Any, args: Sequence[Any]) -> list[Any]:
     JAX derives the rule of a bare primitive anew at every equation, and that of a call once. Its
     own `jax.numpy` functions are such calls too; a trace has them inlined, as this one will be.
     """
-    functions = any(callable(v) and not isinstance(v, type) for v in eqn.params.values())
-    if eqn.effects or functions or sub_jaxprs(eqn.params):
+    if eqn.effects or any(_is_program(v) for v in eqn.params.values()):
         return bind(eqn, args)  # a cached call would keep the function and what it closes over
     try:
         call = _call_of(eqn.primitive, tuple(eqn.params.items()))
@@ -153,6 +152,12 @@ def bind_shared(eqn: Any, args: Sequence[Any]) -> list[Any]:
         return bind(eqn, args)
     with _context(eqn):
         return call(*args)
+
+
+def _is_program(value: Any) -> bool:
+    if isinstance(value, (int, float, str, tuple, type(None), type)):
+        return False
+    return callable(value) or is_jaxpr(value)
 
 
 @functools.lru_cache(maxsize=4096, typed=True)

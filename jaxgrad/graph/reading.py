@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jaxgrad.graph import compat
+from jaxgrad.graph.flatten import CALLBACKS
 from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, value_inputs, walk
 from jaxgrad.graph.names import Labels
 from jaxgrad.graph.sites import Site
@@ -10,9 +11,7 @@ from jaxgrad.graph.sites import Site
 # What an operation that is not looked into keeps to itself, where its name does not say it.
 _MEANING = {
     "shard_map": "what each device runs is one layer, without rows inside",
-    "pure_callback": "Python code, without a derivative",
-    "io_callback": "Python code, without a derivative",
-}
+} | dict.fromkeys(CALLBACKS, "Python code, without a derivative")
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,29 @@ def describe(op: Op, labels: Labels) -> str:
     text = f"{op.name} {name!r}" if name != op.name else op.name
     text += (f" in {where}" if where else "") + (f" ({line})" if line else "")
     return f"{text}: {_MEANING[op.name]}" if op.name in _MEANING else text
+
+
+def explain(error: ValueError, block: Block, labels: Labels) -> None:
+    """Say where, if the error is JAX's about a call to Python that has no derivative.
+
+    Raises:
+        ValueError: that names the layers which make such calls.
+    """
+    if "callback" not in str(error).lower():
+        return
+    places: list[str] = []
+    layer = ""
+    for _, op in walk(block):
+        if op.name in CALLBACKS:
+            line = compat.source_line(op.eqn)
+            places.append(f"in or after layer {layer!r}" + (f" ({line})" if line else ""))
+        layer = "/".join(labels.path.get(op, ())) or layer
+    if places:
+        raise ValueError(
+            f"the loss calls Python {', '.join(dict.fromkeys(places))} on the way of the gradient, "
+            "and such a call has no derivative; give the function that makes it a rule of its own "
+            "with jax.custom_jvp or jax.custom_vjp, or stop the gradient before it"
+        ) from error
 
 
 def read_values(block: Block) -> set[Value]:
