@@ -36,7 +36,7 @@ class Flow:
     are in forward order; a layer inside a scan has a row an iteration. Arrays have shape
     `(len(names),)` (leading axes are added by `vmap`) and are float32, float64 only if a tapped
     tensor is. A row in a branch of a `cond` that was not taken holds NaN in its statistics and 0 in
-    its counts; where JAX is set to stop at NaNs (`jax_debug_nans`, when traced) the NaN is -1, which
+    its counts; where JAX stops at NaNs (`jax_debug_nans`, when traced) it holds -1 instead, which
     no root mean square, maximum or share can be.
 
     A loss may take derivatives itself: a gradient penalty, an inner training step, a PINN's u_x.
