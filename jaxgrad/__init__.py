@@ -29,25 +29,51 @@ from jaxgrad.graded import log_singular_values_mp as log_singular_values_mp
 from jaxgrad.jacobian import jacobian_product as jacobian_product
 from jaxgrad.jacobian import jacobian_products as jacobian_products
 from jaxgrad.jacobian import layer_jacobians as layer_jacobians
+from jaxgrad.spectrum import bottom_singular_values as bottom_singular_values
+from jaxgrad.spectrum import gradient_alignment as gradient_alignment
 from jaxgrad.spectrum import log_singular_values as log_singular_values
+from jaxgrad.spectrum import lyapunov_exponents as lyapunov_exponents
+from jaxgrad.spectrum import scaled_singular_moments as scaled_singular_moments
+from jaxgrad.spectrum import singular_moments as singular_moments
+from jaxgrad.spectrum import top_singular_values as top_singular_values
 from jaxgrad.taps import tap as tap
 
 if TYPE_CHECKING:
     from jaxgrad import checks as checks
     from jaxgrad import data as data
+    from jaxgrad import monitor as monitor
     from jaxgrad import optim as optim
+    from jaxgrad import precision as precision
+    from jaxgrad import recurrent as recurrent
     from jaxgrad import store as store
+    from jaxgrad import theory as theory
     from jaxgrad import tree as tree
+    from jaxgrad.calibration import calibrate as calibrate
+    from jaxgrad.diagnosis import Finding as Finding
+    from jaxgrad.diagnosis import Report as Report
+    from jaxgrad.diagnosis import diagnose as diagnose
+    from jaxgrad.stability import max_stable_learning_rate as max_stable_learning_rate
 
 # Imported when first used: optax and its friends cost a third of the start.
-_ROOMS = ("checks", "data", "optim", "store", "theory", "tree")
+_ROOMS = (
+    "checks", "data", "monitor", "optim", "precision", "recurrent", "store", "theory", "tree",
+)  # fmt: skip
+_NAMES = {
+    "calibrate": "calibration",
+    "diagnose": "diagnosis",
+    "Finding": "diagnosis",
+    "Report": "diagnosis",
+    "max_stable_learning_rate": "stability",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"jaxgrad.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"jaxgrad.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'jaxgrad' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS})
+    return sorted({*globals(), *_ROOMS, *_NAMES})
