@@ -125,7 +125,7 @@ def test_he_relu_correlations_come_together_at_the_known_rate(x64):
     np.testing.assert_allclose(1 - c, 3.58e-3, rtol=2e-3)  # 9 pi^2 / (2 l^2), 20 % early on
 
 
-# ------------------------------------------------------------------------------- published figures
+# -------------------------------------------------------------------------------- published figures
 
 
 def test_tanh_phase_diagram_is_the_published_one(x64):

@@ -141,7 +141,7 @@ def log_gain_of(
 
 
 def _noise(phi: Activation, q: Array, sigma_w: ArrayLike) -> tuple[Array, Array]:
-    """N times the variance of a layer's noise on q, relative, and its covariance with the slope's."""
+    """Relative variance of a layer's noise on q, times n, and its covariance with the slope."""
 
     def mean(a: int, b: int) -> Array:
         return gaussian_mean(lambda x: phi.function(x) ** a * phi.derivative(x) ** b, q, phi.kinks)

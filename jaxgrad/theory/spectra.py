@@ -69,8 +69,8 @@ def largest_squared_singular_value(
 
     Args:
         depth: number of layers.
-        active: probability that phi' is one, 1 / sigma_w^2: 1 for linear nets, 1/2 for ReLU, P(|h| < 1) for the
-            hard tanh.
+        active: probability that phi' is one, 1 / sigma_w^2: 1 for linear nets, 1/2 for ReLU,
+            P(|h| < 1) for the hard tanh.
         weights: "gaussian" or "orthogonal".
 
     Returns:
