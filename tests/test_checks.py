@@ -356,3 +356,22 @@ def test_same_updates_passes_equals_and_names_the_first_difference():
         checks.assert_same_updates(
             optax.sgd(0.1, 0.9), optax.sgd(0.1, 0.9, nesterov=True), PARAMS, key=jax.random.key(7)
         )
+
+
+def test_gradients_flow_through_a_healthy_net_and_the_report_names_a_blocked_layer():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {f"layer{k}": jax.random.normal(key, (16, 16)) / 4 for k, key in enumerate(keys)}
+    batch = jax.random.normal(jax.random.key(1), (32, 16))
+
+    def loss(params, batch, cut=None):
+        h = batch
+        for name, w in params.items():
+            h = h @ w if name == "layer3" else jnp.tanh(h @ w)
+            h = jax.lax.stop_gradient(h) if name == cut else h
+        return jnp.mean((h - batch) ** 2)
+
+    checks.assert_gradients_flow(loss, params, batch)
+    blocked = functools.partial(loss, cut="layer1")
+    with pytest.raises(AssertionError, match=r"gradient\.blocked at layer1"):
+        checks.assert_gradients_flow(blocked, params, batch)
+    checks.assert_gradients_flow(blocked, params, batch, ignore=["gradient.blocked"])
