@@ -32,6 +32,7 @@ def lstm(p, carry, x):
 
 
 CELLS = {"vanilla": (vanilla, 1), "GRU": (gru, 3), "LSTM": (lstm, 4)}
+ALL_CELLS = ["vanilla", "LSTM", pytest.param("GRU", marks=pytest.mark.slow)]
 
 
 def network(name, gain=1.2, dtype=jnp.float64):
@@ -69,7 +70,7 @@ def carries_of(cell, params, carry, xs, added=None):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", ALL_CELLS)
 def test_the_profile_is_the_gradient_with_respect_to_every_carry(name, x64):
     cell, params, carry, xs = network(name)
     zeros = jax.tree.map(lambda a: jnp.zeros((STEPS + 1, *a.shape)), carry)
@@ -102,7 +103,7 @@ def test_a_profile_of_ten_thousand_steps_neither_underflows_nor_overflows():
         assert np.all(np.isneginf(found.log_direct_norms[:-1]))
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", ALL_CELLS)
 def test_the_lyapunov_spectrum_of_a_cell_is_that_of_its_jacobians_product(name, x64):
     cell, params, carry, xs = network(name)
     chain = recurrent.time_chain(cell, params, xs)
@@ -162,7 +163,7 @@ def flat(tree):
 
 
 @pytest.mark.parametrize("method", ["window", "chunks"])
-@pytest.mark.parametrize("name", ["vanilla", "LSTM", pytest.param("GRU", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ALL_CELLS)
 def test_the_bias_of_truncation_is_that_of_gradients_truncated_by_hand(name, method, x64):
     cell, params, carry, xs = network(name)
     horizons = [1, 3, STEPS, 2 * STEPS]

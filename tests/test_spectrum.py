@@ -221,7 +221,7 @@ def test_the_search_restarts_and_its_bounds_hold_when_it_is_stopped_early(x64):
         return lambda v: (jnp.matmul(v, matrix.T), jnp.zeros(v.shape[:-1], jnp.int32))
 
     def found(most, tolerance=1e-9):
-        problem = krylov.Problem(n, n, 1, 6, tolerance, most, "float64")
+        problem = krylov.Problem(n, n, 1, 6, tolerance, most, "float64", block=6)
         assert not problem.is_small and problem.basis < 70
         push, pull = product(jnp.asarray(a)), product(jnp.asarray(a.T))
         return jax.jit(lambda key: krylov.largest(push, pull, problem, key))(KEY)
@@ -257,6 +257,8 @@ def test_what_cannot_be_searched_is_refused_by_name():
     for k in (0, 5):
         with pytest.raises(ValueError, match=r"expected 1 to 4 values .* got"):
             spectrum.top_singular_values(chain, jnp.ones(4), k, key=KEY)
+    with pytest.raises(ValueError, match=r"block=\): expected 1 to k = 2"):
+        spectrum.top_singular_values(chain, jnp.ones(4), 2, key=KEY, block=3)
     with pytest.raises(ValueError, match=r"tolerance"):
         spectrum.top_singular_values(chain, jnp.ones(4), 1, key=KEY, tolerance=2.0)
     counter = jg.Chain.from_layers([("count", lambda s: (s[0] * 2, s[1] + 1))])
@@ -532,7 +534,7 @@ def test_it_lowers_for_every_platform(call):
 
 def test_the_search_lowers_for_every_platform():
     def both(matrix, key):
-        problem = krylov.Problem(200, 200, 1, 2, 1e-3, 100, "float32")
+        problem = krylov.Problem(200, 200, 1, 2, 1e-3, 100, "float32", block=2)
         assert not problem.is_small
 
         def product(m):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import harness
+from experiments.benchmarks import extremes, harness
 from jaxgrad.graded import Graded, graded_product, log_singular_values_mp
 
 WIDTH, DEPTH, BATCH = 256, 100, 16
@@ -191,7 +191,9 @@ def main() -> int:
             worst = max(r["Graded, trusted"] - r["half an ulp"] for r in rows)
             claims.append(harness.Claim(f"{dtype}: error of Graded, nats", worst, bar))
             accuracy += rows
-    return harness.finish("spectrum", tables, claims, options, {"errors in nats": accuracy})
+    more_tables, more_claims, facts = extremes.measure(options)
+    facts = {"errors in nats": accuracy, **facts}
+    return harness.finish("spectrum", tables | more_tables, claims + more_claims, options, facts)
 
 
 if __name__ == "__main__":

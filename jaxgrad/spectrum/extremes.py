@@ -17,10 +17,11 @@ from jaxgrad.spectrum.krylov import Problem
 from jaxgrad.spectrum.operator import linearized
 from jaxgrad.spectrum.plan import Arrays, Plan, is_batched, plan_of
 
+_LARGEST_BLOCK = 16
 _WIDE = 100.0  # in eps over the tolerance: values this far below the largest one need sweeps
 
 
-def top_singular_values(
+def top_singular_values(  # noqa: PLR0913 - three of them are limits with defaults
     chain: Chain,
     x: PyTree,
     k: int,
@@ -28,6 +29,7 @@ def top_singular_values(
     key: Array,
     tolerance: float | None = None,
     max_products: int = 2000,
+    block: int | None = None,
 ) -> tuple[Float[Array, "*batch k"], Float[Array, "*batch k"]]:
     """The k largest singular values of `J_L ... J_1`, from products with vectors alone.
 
@@ -51,9 +53,13 @@ def top_singular_values(
         x: its input.
         k: how many values, at most min(n_0, n_L).
         key: a PRNG key, for the start.
-        tolerance: relative residual to reach; None: the square root of the dtype's eps.
+        tolerance: relative residual to reach; None: the square root of the dtype's eps. The values
+            err by about its square, where they are well separated.
         max_products: products with the Jacobian, and as many with its transpose, after which it
             stops. What was not reached shows in the residuals.
+        block: how many vectors go through the chain at once; None: k, at most 16. A value of
+            multiplicity m is found m times if m is at most `block`. Fewer vectors need fewer
+            products, and more time for each where the weights must come from memory.
 
     Returns:
         `(log_values, relative_residuals)`, each (k,), with a leading axis of examples for a chain
@@ -66,7 +72,7 @@ def top_singular_values(
     """
     run = chain.run(x)
     plan, arrays = plan_of(run, "top_singular_values")
-    problem = _problem(plan, k, tolerance, max_products, "top_singular_values")
+    problem = _problem(plan, k, (tolerance, max_products, block), "top_singular_values")
     values, residuals, right, wide = _top(plan, problem, arrays, key)
     if isinstance(wide, Tracer) or bool(jnp.any(wide)):
         values, residuals = _swept(plan, problem, arrays, (values, residuals, right, wide))
@@ -108,15 +114,16 @@ def bottom_singular_values(  # noqa: PLR0913 - three of them have defaults
     name = "bottom_singular_values"
     run = chain.run(x)
     plan, _ = plan_of(run, name)
-    problem = _problem(plan, k, tolerance, max_products, name)
+    problem = _problem(plan, k, (tolerance, max_products, None), name)
     factors = inverse_factors(chain, run, x, solve)
     values, residuals = _bottom(problem, solve, len(run.links), factors, key)
     return (values, residuals) if is_batched(run) else (values[0], residuals[0])
 
 
 def _problem(
-    plan: Plan, k: int, tolerance: float | None, max_products: int, caller: str
+    plan: Plan, k: int, limits: tuple[float | None, int, int | None], caller: str
 ) -> Problem:
+    tolerance, max_products, block = limits
     layers = sum(len(segment.steps) * segment.repeats for segment in plan.segments)
     if not 1 <= k <= plan.smaller:
         raise ValueError(
@@ -127,8 +134,19 @@ def _problem(
         tolerance = math.sqrt(float(jnp.finfo(plan.dtype).eps))
     if not 0 < tolerance < 1:
         raise ValueError(f"{caller}(tolerance=): expected a number in (0, 1), got {tolerance}")
+    block = min(k, _LARGEST_BLOCK) if block is None else block
+    if not 1 <= block <= k:
+        raise ValueError(f"{caller}(block=): expected 1 to k = {k} vectors, got {block}")
     return Problem(
-        plan.size_in, plan.size_out, plan.examples, k, tolerance, max_products, plan.dtype, layers
+        plan.size_in,
+        plan.size_out,
+        plan.examples,
+        k,
+        tolerance,
+        max_products,
+        plan.dtype,
+        layers,
+        block,
     )
 
 

@@ -24,7 +24,6 @@ from jaxgrad.graded import scale
 # rows (count, examples, n) -> products with largest entries in [1/2, 1), and their exponents
 Product = Callable[[Array], tuple[Array, Array]]
 
-_LARGEST_BLOCK = 16
 _BASIS_BYTES = 2**29  # for both bases together
 _BREAKDOWN = 10.0  # in eps: what is left of a vector that lies in the basis already
 _FLOOR = 100.0  # in eps: what a value must have, relative to the largest, to be resolved
@@ -43,6 +42,7 @@ class Problem:
         max_products: products with A, and as many with its transpose, after which it stops.
         dtype: of the vectors.
         layers: how many matrices a product consists of, for the estimate of its rounding.
+        block: vectors in one product.
     """
 
     size_in: int
@@ -53,16 +53,12 @@ class Problem:
     max_products: int
     dtype: str
     layers: int = 1
+    block: int = 1
 
     @property
     def rounding(self) -> float:
         """Error of a product relative to the largest value; 1.7 eps sqrt(L) was measured."""
         return 2 * float(jnp.finfo(self.dtype).eps) * math.sqrt(self.layers + 1)
-
-    @property
-    def block(self) -> int:
-        """Vectors in one product."""
-        return min(self.count, _LARGEST_BLOCK)
 
     @property
     def kept(self) -> int:
