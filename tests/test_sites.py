@@ -237,6 +237,30 @@ def test_a_learned_initial_state_is_covered_by_the_rows_of_its_loop():
     assert checked(loss, params, X).uncovered == ("idle (unused)",)
 
 
+def test_a_bias_belongs_to_its_layer_however_the_derivatives_arrange_the_product():
+    @jax.jit
+    def u(p, x):
+        return jnp.sum(jnp.tanh(p["l2"]["w"] @ jnp.tanh(p["l1"]["w"] @ x + p["l1"]["b"])))
+
+    def loss(p, x):
+        return jnp.mean(jax.vmap(lambda x: jnp.trace(jax.hessian(u, 1)(p, x)))(x) ** 2)
+
+    params = {"l1": {"w": normal(4, 3), "b": normal(4)}, "l2": {"w": normal(2, 4)}}
+    flow = checked(loss, params, X)
+    assert flow.names[0] == "l1" and flow.site_parameters[0] == ("l1/b", "l1/w")
+    expected = rms(X @ params["l1"]["w"].T + params["l1"]["b"])
+    np.testing.assert_allclose(flow.activation_rms[0], expected, rtol=1e-5)
+
+
+def test_the_state_of_a_solver_is_its_scans_row():
+    def loss(p, x):
+        step = lambda h, _: (h + 0.1 * (jnp.tanh(h) @ p["f"]["w"]), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(step, x, None, length=2)[0] ** 2)
+
+    flow = flow_of(loss, {"f": {"w": normal(3, 3)}}, X)
+    assert not [name for name in flow.names if "+" in name] and len(flow.names) == 2
+
+
 def test_names_stay_when_the_flow_itself_is_differentiated_or_mapped():
     def size(p):
         (_, flow), grads = jg.value_and_grad_flow(error)(p, X, Y)

@@ -292,8 +292,11 @@ def _plan_modules(block: Block, place: _Place, readers: Readers, planner: _Plann
         for value in visit.op.outputs:
             _add(planner, value, visit.path, place, (visit.position, visit.op), used)
             if closing := branches.closing_sum(value):
-                name = branches.name(visit.path, closing[0])
-                _add(planner, closing[1].outputs[0], name, place, closing)
+                name = branches.name(visit.path, closing.position)
+                total = closing.op.outputs[0]
+                unnamed = closing.scaled and name[-1].endswith("+")
+                if not (unnamed and total in block.outputs[: place.carry]):  # else: the scan's own
+                    _add(planner, total, name, place, (closing.position, closing.op))
 
 
 def _plan_carry(block: Block, place: _Place, planner: _Planner) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from jaxgrad.graph.ir import Block, Lit, Op, Value, value_inputs, walk
 from jaxgrad.graph.names import Labels
 from jaxgrad.graph.paths import Path
+from jaxgrad.graph.roles import VIEWS
 
 # Elementwise, and in a mask or a factor of no parameter's making: the branch goes on.
 _SCALINGS = {"mul", "div", "neg", "select_n", "convert_element_type", "copy", "reduce_precision"}
@@ -38,12 +39,15 @@ def module_visits(block: Block, labels: Labels, readers: Readers) -> list[Visit]
     """
     visits: list[Visit] = []
     latest: dict[tuple[Path, str], list[int]] = {}
+    views: dict[Value, Value] = {}
     for i, op in enumerate(block.ops):
+        if op.derivative and op.name in VIEWS:
+            views |= dict.fromkeys(op.outputs, value_inputs(op)[0]) if value_inputs(op) else {}
         if op not in labels.uses or op in labels.by_scope or op.derivative == "backward":
             continue
         path, names = labels.path[op], labels.uses[op]
         earlier = latest.setdefault((path, op.derivative), [])
-        known = _continued(op, names, earlier, visits)
+        known = _continued(op, names, earlier, visits, views)
         if known is not None:
             visits[known] = Visit(path, visits[known].names | names, i, op)
         else:
@@ -73,19 +77,30 @@ def _named_within(visits: list[Visit], labels: Labels) -> list[Visit]:
 
 
 def _continued(
-    op: Op, names: frozenset[str], earlier: list[int], visits: list[Visit]
+    op: Op,
+    names: frozenset[str],
+    earlier: list[int],
+    visits: list[Visit],
+    views: dict[Value, Value],
 ) -> int | None:
     """Which run an operation belongs to: the last one that has not used these parameters.
 
     Inside a derivative, where tangents stand beside values, the one whose result it reads.
     """
     if op.derivative:
+        read = {_origin(v, views) for v in value_inputs(op)}
         for k in reversed(earlier):
-            if visits[k].op.outputs[0] in value_inputs(op) and not visits[k].names & names:
+            if visits[k].op.outputs[0] in read and not visits[k].names & names:
                 return k
     if earlier and not visits[earlier[-1]].names & names:
         return earlier[-1]
     return None
+
+
+def _origin(value: Value, views: dict[Value, Value]) -> Value:
+    while value in views:
+        value = views[value]
+    return value
 
 
 def _absorb_biases(visits: list[Visit], readers: Readers) -> list[Visit]:
@@ -110,6 +125,21 @@ def _is_bias(visit: Visit, weight: Visit, readers: Readers) -> bool:
 
 
 # ------------------------------------------------------------------- residual sums
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A residual sum.
+
+    Attributes:
+        position: in the block.
+        op: the addition.
+        scaled: whether the branch is scaled, masked or cast before it.
+    """
+
+    position: int
+    op: Op
+    scaled: bool
 
 
 @dataclass(eq=False)
@@ -146,19 +176,20 @@ class Branches:
                 path = self.labels.path[op]
                 self.last_use |= {path[:depth]: i for depth in range(1, len(path) + 1)}
 
-    def closing_sum(self, value: Value) -> tuple[int, Op] | None:
-        """The sum that adds a branch ending in `value` to its own input, and its position.
+    def closing_sum(self, value: Value) -> Sum | None:
+        """The sum that adds a branch ending in `value` to its own input.
 
         On the way there may be a dropout or a scale.
         """
-        for _ in range(8):
+        for steps in range(8):
             readers = self.readers.get(value, ())
             if len(readers) != 1 or not isinstance(op := readers[0], Op):
                 return None
             if op in self.labels.uses:
                 return None
             if op.name in ("add", "add_any"):
-                return self._if_residual(op, value)
+                found = self._is_residual(op, value)
+                return Sum(self.made[op.outputs[0]][0], op, steps > 0) if found else None
             if not self._is_scaling(op, value):
                 return None
             value = op.outputs[0]
@@ -171,16 +202,16 @@ class Branches:
                 return path[:depth]
         return (*path[:-1], f"{path[-1]}+")
 
-    def _if_residual(self, op: Op, value: Value) -> tuple[int, Op] | None:
+    def _is_residual(self, op: Op, value: Value) -> bool:
         shape = self.shape(value)
         others = [ref for ref in op.inputs if isinstance(ref, Lit) or ref != value]
         if op in self.labels.by_scope or len(others) != 1 or isinstance(others[0], Lit):
-            return None
+            return False
         (skip,) = others
         if self.shape(skip) != shape:
-            return None
-        residual = skip in self.used and self._holds_data(skip)
-        return self.made[op.outputs[0]] if residual or self._leads_to(skip, value) else None
+            return False
+        shortcut = skip in self.used and self._holds_data(skip)
+        return shortcut or self._leads_to(skip, value)
 
     def _leads_to(self, source: Value, target: Value) -> bool:
         """Whether `target` is computed from `source`."""
