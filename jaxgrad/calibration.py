@@ -195,7 +195,7 @@ class _Sweep:
         self.factors: dict[Weight, float] = {}
         self.owner: dict[Weight, str] = {}
         self.rows: list[_Row] = []
-        self.sides: dict[int, Any] = {}
+        self.sides: dict[Any, Any] = {}
 
     def constants(self, program: Program) -> State:
         """The program's constants with the factors found so far."""

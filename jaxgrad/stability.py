@@ -116,7 +116,10 @@ def max_stable_learning_rate(  # noqa: PLR0913
         rate = math.inf
     else:
         rate = 2.0 * rule.nominal / found.value
-    scaled = Eigenvalue(*(x / rule.nominal for x in found[:3]), found.iterations)
+    unit = 1 / rule.nominal
+    scaled = found._replace(
+        value=unit * found.value, residual=unit * found.residual, smallest=unit * found.smallest
+    )
     report = Stability(rate, scaled, rule.kind, rule.nominal)
     return (rate, report) if return_report else rate
 

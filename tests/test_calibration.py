@@ -16,7 +16,10 @@ def mlp_params(depth, width, gain, key=0, n_in=None, n_out=None):
     sizes = [n_in or width, *[width] * (depth - 1), n_out or width]
     keys = jax.random.split(jax.random.key(key), depth)
     return [
-        {"w": gain / a**0.5 * jax.random.normal(k, (a, b)), "b": jnp.zeros(b)}
+        {
+            "w": gain / a**0.5 * jax.random.normal(k, (a, b)),
+            "b": 0.1 * jax.random.normal(jax.random.fold_in(k, 1), (b,)),
+        }
         for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True)
     ]
 

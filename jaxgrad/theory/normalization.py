@@ -47,12 +47,11 @@ def activation_then_norm_chi(phi: Phi, sigma_w: ArrayLike = 1.0) -> Array:
     Returns:
         Array of the shape of `sigma_w`.
     """
-    phi, sigma_w = activation(phi), real(sigma_w)
-    q = sigma_w**2
+    known, q = activation(phi), real(sigma_w) ** 2
     mean, square = (
-        gaussian_mean(lambda x, p=p: phi.function(x) ** p, q, phi.kinks) for p in (1, 2)
+        gaussian_mean(lambda x, p=p: known.function(x) ** p, q, known.kinks) for p in (1, 2)
     )
-    return q * slope_moment(phi, q, 2) / (square - mean**2)
+    return q * slope_moment(known, q, 2) / (square - mean**2)
 
 
 class StreamProfile(NamedTuple):
