@@ -3,6 +3,7 @@
 # pyright: reportUnusedCallResult=false
 # (progress bars return task numbers, files the characters written)
 
+import itertools
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,10 +44,11 @@ class Main:
 
 @dataclass(frozen=True)
 class Diagnose:
-    """The same for your own loss: FILE.py defines LOSS(params, batch), PARAMS and BATCH.
+    """The same for a loss of your own, and why it does not train.
 
-    PARAMS and BATCH are values, or functions without arguments that make them; a BATCH function is
-    called anew for every step.
+    FILE.py defines LOSS(params, batch), PARAMS and BATCH: values, or functions without arguments
+    that make them; a BATCH function is called anew for every step. An OPTIMIZER, an optax
+    transformation, is used and judged. The exit status is 1 if there is an error-level finding.
     """
 
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.py:LOSS")]
@@ -54,11 +56,13 @@ class Diagnose:
     out: Path = Path("results")
     """Folder for the report."""
     steps: int = 100
-    """Steps of Adam; 0 measures the initialization only."""
+    """Training steps; 0 measures the initialization only."""
     learning_rate: float = 1e-3
-    """Adam's."""
+    """Adam's, where the file has no OPTIMIZER."""
 
 
+# How many batches a diagnosis trains on.
+_BATCHES = 16
 _DESCRIPTION = (
     "Where does the gradient go? Without a command: the main job, four models on real data."
 )
@@ -69,7 +73,10 @@ _COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 if it was done, 2 if it was called wrongly.
+    """Runs a command and exits.
+
+    The status is 0 if it was done, 1 if a diagnosis has an error-level finding, and 2 if the
+    command was called wrongly.
 
     Args:
         arguments: the command line without the program's name; by default the process's own.
@@ -83,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _check(command)
         tasks = _tasks(command)
         _study_all(tasks, command.out, again)
+        if isinstance(command, Diagnose) and not _healthy(tasks[0](), command):
+            sys.exit(1)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -124,6 +133,23 @@ def _study_all(tasks: Sequence[Callable[[], Task]], out: Path, again: str) -> No
         records.append(record)
     if len(records) > 1:
         print(f"all reports: {write_index(records, out)}")
+
+
+def _healthy(task: Task, command: Diagnose) -> bool:
+    """Prints and saves what `jaxgrad.diagnose` says; whether there is no error."""
+    from jaxgrad.diagnosis import diagnose
+
+    batches = list(itertools.islice(task.batches(), _BATCHES))
+    training = {"optimizer": task.optimizer, "batches": batches} if command.steps else {}
+    with _progress(rich.console.Console()) as tell:
+        report = diagnose(
+            task.loss, task.params, batches[0], **training,
+            progress=lambda what: tell(f"diagnosis: {what}", 0, 0),
+        )  # fmt: skip
+    folder = command.out / task.name
+    report.save(folder / "diagnosis.json")
+    print(f"{report}\ndiagnosis: {report.save(folder / 'diagnosis.html')}", flush=True)
+    return all(finding.severity != "error" for finding in report.findings)
 
 
 def _studied(task: Task, again: str, tell: Callable[[str, int, int], None]) -> RunRecord:

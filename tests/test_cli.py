@@ -1,5 +1,6 @@
 """The command line studies what it is pointed at, and says in one line what is wrong with it."""
 
+import json
 import math
 from pathlib import Path
 
@@ -46,6 +47,27 @@ def integral(params, batch):
 '''
 
 
+FAULTY = """
+import jax, jax.numpy as jnp, optax
+
+def PARAMS():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {f"layer_{k}": jax.random.normal(key, (8, 8)) / 3 for k, key in enumerate(keys)}
+
+def BATCH():
+    x = jax.random.normal(jax.random.key(1), (32, 8))
+    return x, jnp.sin(x)
+
+OPTIMIZER = optax.chain(optax.sgd(0.05, momentum=0.9), optax.clip_by_global_norm(0.01))
+
+def loss(params, batch):
+    h = batch[0]
+    for name in ("layer_0", "layer_1"):
+        h = jnp.tanh(h @ params[name])
+    return ((h @ params["layer_2"] - batch[1]) ** 2).mean()
+"""
+
+
 @pytest.fixture
 def model(tmp_path) -> Path:
     path = tmp_path / "model.py"
@@ -83,6 +105,19 @@ def test_diagnose_prints_a_table_and_writes_a_report_of_what_it_measured(model, 
     assert back["history"]["losses"].shape == (3,)
     np.testing.assert_allclose(back["history"]["losses"][0], oracle(oracle_params()), rtol=1e-6)
     assert back["history"]["losses"][2] < back["history"]["losses"][0]
+
+
+def test_diagnose_names_the_cause_and_ends_with_status_1(tmp_path, capsys):
+    path, out = tmp_path / "faulty.py", tmp_path / "results"
+    _ = path.write_text(FAULTY)
+    assert run("diagnose", f"{path}:loss", "--out", str(out), "--steps", "2") == 1
+    assert "error: optimizer.clip_after_update at optimizer" in capsys.readouterr().out
+    saved = json.loads((out / "faulty-loss" / "diagnosis.json").read_text(encoding="utf-8"))
+    assert saved["primary"]["code"] == "optimizer.clip_after_update"
+    assert "clip_after_update" in (out / "faulty-loss" / "diagnosis.html").read_text("utf-8")
+    _ = path.write_text(FAULTY.replace("OPTIMIZER =", "OPTIMIZER = 3  #"))
+    assert run("diagnose", f"{path}:loss", "--out", str(out)) == 2
+    assert "OPTIMIZER is of type int; expected an optax transformation" in capsys.readouterr().err
 
 
 def oracle_params():

@@ -1,4 +1,4 @@
-"""A user's own file as a task: `FILE.py:LOSS`, with `PARAMS` and `BATCH` beside the loss.
+"""A user's own file as a task: `FILE.py:LOSS`, with `PARAMS`, `BATCH`, `OPTIMIZER` beside the loss.
 
 Whatever is wrong with it is said in one line, as a `UsageError`.
 """
@@ -26,9 +26,10 @@ def load_task(target: str, *, steps: int, learning_rate: float) -> Task:
     Args:
         target: `FILE.py:LOSS`. The file defines `LOSS(params, batch)` under that name, and
             `PARAMS` and `BATCH`: values, or functions without arguments that make them. A `BATCH`
-            function is called anew for every step.
-        steps: of Adam; 0 measures the initialization only.
-        learning_rate: Adam's.
+            function is called anew for every step. It may define `OPTIMIZER`, an optax
+            transformation.
+        steps: of the optimizer; 0 measures the initialization only.
+        learning_rate: Adam's, where the file has no optimizer.
 
     Returns:
         The task, tried out: the loss gives a scalar for these parameters and this batch.
@@ -49,6 +50,15 @@ def load_task(target: str, *, steps: int, learning_rate: float) -> Task:
     function: Callable[..., Any] = loss
     _try_out(function, params, _made(source, "BATCH", path), f"{path}:{loss_name}")
 
+    optimizer = getattr(module, "OPTIMIZER", None)
+    if optimizer is not None:
+        optimizer = _made(optimizer, "OPTIMIZER", path)
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise UsageError(
+                f"{path}: OPTIMIZER is of type {type(optimizer).__name__}; expected an optax "
+                "transformation, with init and update."
+            )
+
     def batches() -> Iterator[Any]:
         while True:
             yield _made(source, "BATCH", path)
@@ -58,6 +68,7 @@ def load_task(target: str, *, steps: int, learning_rate: float) -> Task:
         title=f"{path.name}: {loss_name}",
         description=_summary(function) or f"The loss {loss_name} of {path.name}, unedited.",
         loss=function, params=params, batches=batches, learning_rate=learning_rate, steps=steps,
+        optimizer=optimizer,
     )  # fmt: skip
 
 

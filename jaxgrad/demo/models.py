@@ -38,6 +38,7 @@ class Task:
         steps: to train; 0 measures the initialization only.
         evaluate: parameters -> (what was measured, the number in words), or None.
         facts: short facts for the report.
+        optimizer: an optax transformation; None: Adam at `learning_rate`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Task:
     steps: int = 300
     evaluate: Callable[[PyTree], tuple[str, str]] | None = None
     facts: tuple[tuple[str, str], ...] = ()
+    optimizer: Any = None
 
 
 def all_tasks(*, steps: int | None = None, seed: int = 0) -> Iterator[Callable[[], Task]]:

@@ -51,7 +51,8 @@ def study(task: Task, *, command: str, progress: Progress | None = None) -> RunR
         (last_loss, final), _ = measure(values, batch)
         final_gains, _ = layer_gains(task.loss, params, batch)
         facts["loss"] += f" to {float(last_loss):.3g}"
-        facts["training"] = f"{task.steps} steps of Adam, {task.learning_rate:g}"
+        rule = f"Adam, {task.learning_rate:g}" if task.optimizer is None else "your optimizer"
+        facts["training"] = f"{task.steps} steps of {rule}"
         if task.evaluate is not None:
             label, value = task.evaluate(params)
             facts[label] = value
@@ -163,7 +164,7 @@ def _measurer(loss: Callable[..., Array], rebuild: Callable[[list[Array]], PyTre
 def _train(
     task: Task, values: list[Array], measure: Any, tell: Progress
 ) -> tuple[list[Array], History]:
-    optimizer = optax.adam(task.learning_rate)
+    optimizer = task.optimizer or optax.adam(task.learning_rate)
 
     @jax.jit
     def apply(values: list[Array], state: PyTree, grads: list[Array]) -> tuple[Any, Any]:
