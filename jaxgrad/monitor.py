@@ -76,7 +76,8 @@ def watch(tx: Any, every: int = 1) -> optax.GradientTransformationExtraArgs:
         zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
         return WatchState(watched.init(params), none, none, none, Figures(*[zero] * 6))
 
-    def update(grads: PyTree, state: WatchState, params: PyTree = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        grads = updates
         updates, inner = watched.update(grads, state.inner, params, **extra)
 
         def measure() -> tuple[Array, Array, Figures]:
@@ -89,7 +90,7 @@ def watch(tx: Any, every: int = 1) -> optax.GradientTransformationExtraArgs:
 
         due = state.count % every == 0
         measured, active, figures = jax.lax.cond(due, measure, skip) if every > 1 else measure()
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         return updates, WatchState(inner, count, measured, active, figures)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -97,7 +98,7 @@ def watch(tx: Any, every: int = 1) -> optax.GradientTransformationExtraArgs:
 
 def leading_clips(tx: Any) -> list[Any]:
     """The clips that stand first in a chain, as far as its closures show them."""
-    parts = _chain_parts(_closure(tx.update))
+    parts = _chain_parts(_closure(tx.init) | _closure(tx.update))
     clips = []
     for part in parts:
         steps = flattened(read_steps(part))

@@ -12,11 +12,11 @@ TYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @pytest.mark.parametrize("name", TYPES)
-@given(exponent=st.floats(-45, 45), seed=st.integers(0, 10))
+@given(exponent=st.floats(-35, 35), seed=st.integers(0, 10))
 def test_shares_are_those_of_the_cast_itself(name, exponent, seed):
     x = np.random.default_rng(seed).standard_normal(64) * 10.0**exponent
-    x = x.astype(np.float32)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
+        x = x.astype(np.float32)
         cast = x.astype(TYPES[name]).astype(np.float64)
     found = precision.losses({"g": x}, name)["g"]
     real = x != 0

@@ -6,7 +6,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxgrad.diagnosis import causes, initial, running, static
+from jaxgrad.diagnosis import (
+    causes,
+    events,
+    gradients,
+    heads,
+    inputs,
+    optimizers,
+    paths,
+    rates,
+    terms,
+    units,
+    weights,
+)  # fmt: skip
 from jaxgrad.diagnosis.evidence import Evidence, forward_and_back
 from jaxgrad.diagnosis.finding import Finding as Finding
 from jaxgrad.diagnosis.finding import Report as Report
@@ -14,9 +26,20 @@ from jaxgrad.diagnosis.finding import matches
 from jaxgrad.diagnosis.problem import make_problem
 
 # The registry: rules in the order of a run's life. Each takes the evidence and returns findings.
-RULES: list[Callable[[Evidence], list[Finding]]] = [
-    *static.RULES, *initial.RULES, static.accumulation, *running.RULES,
+STATIC = [
+    paths.blocked, optimizers.clip_after_update, heads.single_class, heads.double_softmax,
+    heads.output_mismatch, heads.labels_out_of_range, paths.batch_of_one,
 ]  # fmt: skip
+INITIAL = [
+    gradients.nonfinite, gradients.underflow, units.symmetric, inputs.unnormalized, units.dead,
+    units.saturated, weights.init_scale, gradients.gradient_scale,
+]  # fmt: skip
+RUNNING = [
+    optimizers.accumulation, events.ascent, events.falling_without_end, terms.dropout,
+    terms.regularization, terms.attention, optimizers.clip_always, rates.learning_rate,
+    events.spike, events.breakdown,
+]  # fmt: skip
+RULES: list[Callable[[Evidence], list[Finding]]] = [*STATIC, *INITIAL, *RUNNING]
 # Faults after which nothing that is measured means anything.
 _CONCLUSIVE = {
     "gradient.blocked", "loss.single_class_softmax", "data.labels_out_of_range",
@@ -68,7 +91,7 @@ def diagnose(  # noqa: PLR0913, PLR0917 (a public signature)
     )
     evidence = Evidence(problem, optimizer, progress)
     evidence.undifferentiable = forward_and_back(evidence)
-    found = static.blocked(evidence) if evidence.undifferentiable else _apply_rules(evidence)
+    found = paths.blocked(evidence) if evidence.undifferentiable else _apply_rules(evidence)
     kept = [f for f in found if not matches(f, ignore)]
     primary, findings = causes.judge(kept)
     rows = () if evidence.undifferentiable else _rows(evidence)

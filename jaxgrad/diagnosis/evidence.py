@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxgrad.diagnosis.passes import Birth, Instrument, Measurement, births, forward_values
+from jaxgrad.diagnosis.births import Birth, births
+from jaxgrad.diagnosis.parts import Activation, Softmax, Structure
+from jaxgrad.diagnosis.passes import Instrument, Measurement, forward_values
 from jaxgrad.diagnosis.problem import Problem
-from jaxgrad.diagnosis.structure import Activation, Softmax, Structure, read_structure
+from jaxgrad.diagnosis.structure import read_structure
 from jaxgrad.diagnosis.training import Run, Trainer
 from jaxgrad.diagnosis.wiring import Wiring, wire
 from jaxgrad.graph.ir import Value
@@ -230,6 +232,12 @@ class Evidence:
         return self.instrument.measure(self.main.values)
 
     # ----------------------------------------------------------------------------- optimizer
+
+    @property
+    def plain_optimizer(self) -> Any:
+        """The user's transformation itself, whose closures can be read."""
+        held = self.optimizer
+        return held if hasattr(held, "init") else held.tx
 
     @functools.cached_property
     def clip(self) -> Order | None:

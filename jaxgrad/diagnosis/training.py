@@ -232,15 +232,15 @@ def _row(
     weights, _ = _norm_of(values)
     gradient, gradient_norm = _norm_of(grads)
     update, update_norm = _norm_of(updates)
-    inner = sum(
+    cosines = [
         jnp.vdot(
             g.astype(jnp.float32) / jnp.maximum(gradient_norm, 1e-37),
             u.astype(jnp.float32) / jnp.maximum(update_norm, 1e-37),
         ).real
         for g, u in zip(grads, updates, strict=True)
-    )
+    ]
     return {
         "loss": loss.astype(jnp.float32), "gradient_norm": gradient_norm,
-        "update_norm": update_norm, "alignment": -inner, "weight_rms": weights,
-        "gradient_rms": gradient, "update_rms": update,
+        "update_norm": update_norm, "alignment": -jnp.sum(jnp.stack(cosines)),
+        "weight_rms": weights, "gradient_rms": gradient, "update_rms": update,
     }  # fmt: skip

@@ -1,0 +1,93 @@
+"""What happens on the way: ascent, spikes, breakdowns."""
+
+import numpy as np
+
+from jaxgrad.diagnosis.evidence import Evidence
+from jaxgrad.diagnosis.finding import Finding
+from jaxgrad.diagnosis.fixes import fix
+from jaxgrad.diagnosis.units import layer_of_leaf
+
+
+def ascent(evidence: Evidence) -> list[Finding]:
+    """The first update goes up the gradient."""
+    if evidence.optimizer is None or not evidence.initial.finite:
+        return []
+    run = evidence.main
+    moved = np.flatnonzero((run.update_norms > 0) & np.isfinite(run.alignment))[:5]
+    if not moved.size or np.median(run.alignment[moved]) > -0.05 or run.alignment[moved[0]] > 0:
+        return []
+    return [
+        Finding(
+            "optimizer.ascent", "error", "running", "optimizer",
+            "The updates go up the gradient: their cosine with the negative gradient is "
+            f"{run.alignment[moved[0]]:.2f} at the first step.",
+            {"cosine": [float(c) for c in run.alignment[moved]], "threshold": -0.05},
+            fix("optimizer.ascent"), 0.97,
+            may_be_wrong="the objective is meant to be maximized",
+        )
+    ]  # fmt: skip
+
+
+def falling_without_end(evidence: Evidence) -> list[Finding]:
+    """A cross-entropy with its sign flipped: every row's gradient raises one logit's loss."""
+    head = evidence.head
+    if head is None or head.kind != "log" or head.size < 3 or not evidence.initial.finite:
+        return []
+    if evidence.initial.value >= 0 or evidence.chance is None:
+        return []
+    if abs(evidence.initial.value + evidence.chance) > 0.7 * evidence.chance:
+        return []
+    return [
+        Finding(
+            "optimizer.ascent", "error", "initial", head.where,
+            f"The loss begins at {evidence.initial.value:.3g}, minus the logarithm of the number "
+            "of classes: its sign is flipped, and the likelihood of the labels is minimized.",
+            {"loss": evidence.initial.value, "minus_chance": -evidence.chance},
+            "loss = -log_probabilities[labels].mean()", 0.9,
+        )
+    ]  # fmt: skip
+
+
+def spike(evidence: Evidence) -> list[Finding]:
+    """A loss far above all others before it, from which the run comes back."""
+    losses, norms = evidence.main.losses, evidence.main.gradient_norms
+    if evidence.main.stopped is not None or len(losses) < 20:
+        return []
+    for t in range(8, len(losses) - 2):
+        before = losses[max(t - 21, 0) : t]
+        middle = float(np.median(before))
+        spread = float(np.median(np.abs(before - middle))) * 1.4826
+        high = losses[t] > middle + 10 * max(spread, 0.05 * abs(middle))
+        above = losses[t] > max(before.max() * 3, losses[:3].max() * 2)
+        if not (high and above and norms[t] > 5 * np.median(norms[max(t - 21, 0) : t])):
+            continue
+        return [
+            Finding(
+                "loss.spike", "warning", "running", f"step {t}",
+                f"At step {t} the loss jumps from {middle:.3g} to {losses[t]:.3g}.",
+                {"step": t, "loss": float(losses[t]), "median_before": middle,
+                 "batch": t % len(evidence.problem.batches),
+                 "gradient_norm": float(norms[t]), "threshold": "10 sigma and 3 x"},
+                fix("loss.spike", step=t), 0.85,
+            )
+        ]  # fmt: skip
+    return []
+
+
+def breakdown(evidence: Evidence) -> list[Finding]:
+    """The run breaks down at every learning rate that was tried."""
+    run = evidence.main
+    if run.stopped is None or not evidence.initial.finite:
+        return []
+    if any(evidence.run(scale=s).stopped is None for s in (0.1, 0.01, 0.001)) or not run.stopped:
+        return []
+    leaf = evidence.problem.names[int(np.nanargmax(run.gradient_rms[run.stopped - 1]))]
+    return [
+        Finding(
+            "gradient.exploding", "error", "running", layer_of_leaf(evidence, leaf),
+            f"The training breaks down at step {run.stopped}, at a thousandth of the learning rate "
+            "too.",
+            {"step": run.stopped, "gradient_norm": float(run.gradient_norms[run.stopped])},
+            fix("gradient.exploding"), 0.6,
+        )
+    ]  # fmt: skip

@@ -1,0 +1,208 @@
+"""Gradients that vanish, explode, are flushed to zero, or are no numbers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.diagnosis.evidence import Evidence, source_line
+from jaxgrad.diagnosis.finding import Finding
+from jaxgrad.diagnosis.fixes import fix
+from jaxgrad.diagnosis.units import layer_of_leaf
+from jaxgrad.diagnosis.weights import too_large
+
+# An overflow in one of these is a matter of size; in all others a NaN is a matter of domain.
+_GROWING = {
+    *("exp", "mul", "dot_general", "conv_general_dilated", "add", "add_any", "integer_pow"),
+    *("square", "reduce_sum", "expm1", "cosh", "sinh", "convert_element_type", "sub", "cumsum"),
+}
+
+
+_FLOAT16_SCALE = 2.0**12
+
+
+def nonfinite(evidence: Evidence) -> list[Finding]:
+    """NaN or infinity at the given parameters, or in the gradient of the step where a run broke."""
+    first = evidence.initial
+    if first.finite and (evidence.main.stopped is None or not evidence.main.loss_finite_at_stop):
+        return []
+    forward, backward = evidence.births
+    birth = forward if forward is not None else backward
+    if birth is None:
+        return _nonfinite_data(evidence)
+    wiring = evidence.wiring
+    output = birth.op.outputs[0]
+    stage = "initial" if not first.finite else "running"
+    inner = next((v for v in birth.op.inputs if isinstance(v, int)), output)
+    where = wiring.layer(inner if birth.backward else output)
+    facts = {
+        "operation": birth.op.name, "line": source_line(birth.op),
+        "pass": "backward" if birth.backward else "forward", "iteration": list(birth.iteration),
+    }  # fmt: skip
+    half = "float16" in (wiring.dtype(output), wiring.dtype(inner))
+    grows = birth.op.name in _GROWING
+    if half and grows:
+        return [
+            Finding(
+                "precision.overflow", "error", stage, where,
+                f"float16 ends at 65504, and the {facts['pass']} pass of {birth.op.name} exceeds "
+                "it; float32 would be finite.",
+                facts, fix("precision.overflow"), 0.92,
+            )
+        ]  # fmt: skip
+    if birth.backward and stage == "initial" and grows:
+        quiet = evidence.instrument.measure(evidence.problem.values, scale=2.0**-60)
+        if quiet.finite:
+            return [_exploding(where, facts)]
+    if not birth.backward and grows:
+        if stage == "running":
+            return []
+        return [too_large(evidence, facts | {"loss": first.value}, "error")]
+    if stage == "running" and grows:
+        return []
+    return [
+        Finding(
+            "gradient.nonfinite", "error", stage, where,
+            f"NaN or infinity is born in the {facts['pass']} pass of {birth.op.name}"
+            + (f" ({facts['line']})" if facts["line"] else "")
+            + (f", iteration {birth.iteration}" if birth.iteration else "")
+            + "; no large value leads to it.",
+            facts, fix("gradient.nonfinite"), 0.93,
+        )
+    ]  # fmt: skip
+
+
+def _nonfinite_data(evidence: Evidence) -> list[Finding]:
+    leaves = jax.tree.leaves(evidence.broken_batch)
+    bad = [
+        name
+        for name, leaf in zip(evidence.wiring.data_names, leaves, strict=False)
+        if getattr(leaf, "dtype", None) is not None
+        and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        and not bool(jnp.isfinite(leaf).all())
+    ]
+    where = bad[0] if bad else ""
+    what = f"{where} holds NaN or infinity" if bad else "parameters or data hold NaN or infinity"
+    return [
+        Finding(
+            "gradient.nonfinite", "error", "initial", where, f"{what} before any layer.",
+            {"layers": bad}, "assert jnp.isfinite(x).all()", 0.9,
+        )
+    ]  # fmt: skip
+
+
+def _exploding(where: str, facts: dict[str, Any]) -> Finding:
+    return Finding(
+        "gradient.exploding", "error", "initial", where,
+        "Every layer, or step of the recurrence, enlarges the gradient on its way back.",
+        facts, fix("gradient.exploding"), 0.85,
+    )  # fmt: skip
+
+
+def flow_profile(evidence: Evidence) -> list[tuple[str, float]]:
+    """Cotangent RMS at the hidden pre-activations, in forward order, iterations one by one."""
+    profile = []
+    for activation in evidence.hidden():
+        tensor = evidence.initial.tensors.get(activation.source)
+        if tensor is None or evidence.wiring.is_head(activation.output):
+            continue
+        sizes = np.atleast_1d(tensor.row["gradient_rms"]).reshape(-1)
+        many = len(sizes) > 1
+        for k, size in enumerate(sizes):
+            name = f"{activation.where}[{k}]" if many else activation.where
+            profile.append((name, float(size)))
+    return profile
+
+
+def gradient_scale(evidence: Evidence) -> list[Finding]:
+    """Gradients that vanish or explode from the last hidden layer, or time step, to the first."""
+    if not evidence.initial.finite:
+        return []
+    profile = [(n, s) for n, s in flow_profile(evidence) if np.isfinite(s)]
+    if len(profile) < 4:
+        return _exploding_rows(evidence)
+    sizes = np.array([s for _, s in profile])
+    if sizes[-1] <= 0:
+        return []
+    ratio = sizes[0] / sizes[-1]
+    half = sizes[: max(len(sizes) // 2, 1)].max() / sizes[-1]
+    names = [n for n, _ in profile]
+    where = evidence.hidden()[0].where
+    if ratio < 1e-3:
+        return _vanishing(evidence, (where, ratio, half), names)
+    if ratio > 1e3 and evidence.stuck:
+        facts = {"first_over_last": float(ratio), "threshold": 1e3}
+        return [_exploding(where, facts)]
+    return []
+
+
+def _exploding_rows(evidence: Evidence) -> list[Finding]:
+    """Without activations between the layers, as in a linear recurrence: row by row."""
+    rows = evidence.initial.rows["gradient_rms"]
+    known = [(n, s) for n, s in zip(evidence.initial.names, rows, strict=True) if s > 0]
+    if len(known) < 4 or known[0][1] < 1e3 * known[-1][1] or not evidence.stuck:
+        return []
+    facts = {"first_over_last": float(known[0][1] / known[-1][1]), "threshold": 1e3}
+    return [_exploding(known[0][0], facts)]
+
+
+def _vanishing(
+    evidence: Evidence, measured: tuple[str, float, float], names: list[str]
+) -> list[Finding]:
+    where, ratio, half = measured
+    unresolved = half < 1e-7  # below the resolution of float32 beside the last ones
+    if evidence.improves and not unresolved:
+        return []
+    if not unresolved and not evidence.stuck:
+        return []
+    severity = "warning" if evidence.improves else "error"
+    facts = {
+        "first_over_last": float(ratio), "threshold": 1e-3, "first_half_over_last": float(half),
+        "layers": names[: len(names) // 2],
+    }  # fmt: skip
+    return [
+        Finding(
+            "gradient.vanishing", severity, "initial", where,
+            f"The gradient shrinks to {ratio:.1g} of itself between the last and the first of "
+            f"{len(names)} activations.",
+            facts, fix("gradient.vanishing"), 0.85,
+            may_be_wrong="the first steps of a sequence do not matter for this task",
+        )
+    ]  # fmt: skip
+
+
+def underflow(evidence: Evidence) -> list[Finding]:
+    """Gradients that a half-precision dtype flushes to zero: they come back under a loss scale."""
+    wiring = evidence.wiring
+    half = [v for v in wiring.live if wiring.dtype(v) == "float16"]
+    if not half or not evidence.initial.finite:
+        return []
+    for scale in (_FLOAT16_SCALE, 2.0**6):
+        scaled = evidence.instrument.measure(evidence.problem.values, scale=scale)
+        if scaled.finite:
+            break
+    else:
+        return []
+    lost = []
+    for name, g, big in zip(
+        evidence.problem.names, evidence.initial.grads, scaled.grads, strict=True
+    ):
+        true = np.asarray(big, np.float64) / scale
+        error = np.linalg.norm(true - np.asarray(g, np.float64)) / max(np.linalg.norm(true), 1e-300)
+        flushed = float(np.mean((np.asarray(g) == 0) & (true != 0))) if g.size else 0.0
+        if error > 0.1 and flushed > 0.1:
+            lost.append((name, float(error), flushed))
+    if not lost:
+        return []
+    name, error, flushed = max(lost, key=lambda item: item[1])
+    return [
+        Finding(
+            "precision.underflow", "error", "initial", layer_of_leaf(evidence, name),
+            f"float16 flushes {flushed:.0%} of the gradient of {name} to zero; multiplied by "
+            f"{scale:g} before the backward pass, it is there.",
+            {"lost": flushed, "relative_error": error, "threshold": 0.1,
+             "layers": [n for n, *_ in lost]},
+            fix("precision.underflow"), 0.94,
+        )
+    ]  # fmt: skip

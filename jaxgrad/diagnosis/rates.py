@@ -1,0 +1,168 @@
+"""Learning rate, batch size and warm-up, settled by trainings under other circumstances."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.diagnosis.evidence import LEARNS, Evidence
+from jaxgrad.diagnosis.finding import Finding
+from jaxgrad.diagnosis.fixes import fix
+from jaxgrad.diagnosis.problem import Problem
+from jaxgrad.diagnosis.training import Run, Trainer
+
+_SLOW = 10.0**-4.5  # update RMS over weight RMS; healthy runs stand between 1e-2 and 1e-4
+
+
+def learning_rate(evidence: Evidence) -> list[Finding]:
+    """Too high, too low, a batch too small for it, or Post-LN without a warm-up."""
+    if evidence.optimizer is None or not evidence.initial.finite:
+        return []
+    if evidence.every > 1 and not (evidence.main.update_norms > 0).any():
+        return []
+    too_low = _too_low(evidence)
+    if too_low:
+        return too_low
+    if evidence.improves and not _shaken(evidence):
+        return []
+    return _too_high(evidence)
+
+
+def _shaken(evidence: Evidence) -> bool:
+    """Whether a run that improves was far above its start on the way."""
+    losses = evidence.main.losses
+    base = evidence.initial.value
+    return bool(np.nanmax(losses) > 3 * abs(base) and np.nanmedian(losses) > 0.5 * abs(base))
+
+
+def _too_low(evidence: Evidence) -> list[Finding]:
+    run = evidence.main
+    if run.stopped is not None or run.update_ratio > _SLOW or evidence.warms_up:
+        return []
+    own = evidence.progress(run)
+    if own > 0.05:
+        return []
+    for scale in (10.0, 100.0, 1e3, 1e4, 1e5):
+        other = evidence.run(scale=scale)
+        gained = evidence.progress(other)
+        if gained > max(0.1, 10 * own) and scale >= 100:
+            return [_low(evidence, scale, gained)]
+        if gained > LEARNS:
+            return []
+    if run.update_norms.max() == 0 and evidence.progress(evidence.run(reference=True)) > 0.1:
+        return [_low(evidence, math.inf, evidence.progress(evidence.run(reference=True)))]
+    return []
+
+
+def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
+    run = evidence.main
+    return Finding(
+        "lr.too_low", "error", "counterfactual", "optimizer",
+        f"In {len(run.losses)} steps the updates took {evidence.progress(run):.2%} off the loss; "
+        f"{scale:g} times larger ones take off {gained:.0%}.",
+        {"update_over_weight": run.update_ratio, "threshold": _SLOW,
+         "loss_as_given": run.last, "scale": scale, "taken_off_at_scale": gained},
+        fix("lr.too_low", factor=scale), 0.9,
+        may_be_wrong="a schedule raises the rate later",
+    )  # fmt: skip
+
+
+def _too_high(evidence: Evidence) -> list[Finding]:
+    run = evidence.main
+    own = evidence.progress(run)
+    best, factor = own, 1.0
+    for scale in (0.1, 0.01, 0.001):
+        gained = evidence.progress(evidence.run(scale=scale))
+        if gained > best:
+            best, factor = gained, scale
+        if best > LEARNS:
+            break
+    post = is_post_ln(evidence)
+    if post and not evidence.warms_up:
+        found = _post_ln(evidence, best)
+        if found:
+            return found
+    if not math.isfinite(best) or best < max(0.1, 2 * own):
+        return []
+    if _moves_little(run):
+        return []
+    small = _batch_too_small(evidence, own)
+    if small:
+        return small
+    return [
+        Finding(
+            "lr.too_high", "error", "counterfactual", "optimizer",
+            (f"The training breaks down at step {run.stopped}" if run.stopped is not None
+             else f"The training gets to a loss of {run.last:.3g}")
+            + f"; with updates {1 / factor:g} times smaller it gets to "
+            f"{evidence.run(scale=factor).last:.3g}.",
+            {"first_loss": run.first, "loss_as_given": run.last, "scale": factor,
+             "loss_at_scale": evidence.run(scale=factor).last,
+             "update_over_weight": run.update_ratio},
+            fix("lr.too_high", factor=factor), 0.9,
+        )
+    ]  # fmt: skip
+
+
+def _moves_little(run: Run) -> bool:
+    return run.stopped is None and run.update_ratio < 1e-4
+
+
+def is_post_ln(evidence: Evidence) -> bool:
+    """Whether norms stand on the residual path itself."""
+    norms = [n for n in evidence.structure.norms if n.after_sum and not n.over_batch]
+    post = sum(n.copies for n in norms if n.post)
+    return post >= 4 and post > sum(n.copies for n in norms if not n.post)
+
+
+def _post_ln(evidence: Evidence, best: float) -> list[Finding]:
+    own = evidence.progress(evidence.main)
+    steps = evidence.steps
+    warm = max(
+        evidence.progress(evidence.run(warmup=steps)),
+        evidence.progress(evidence.run(scale=0.3, warmup=steps)),
+    )
+    cured = max(warm, best)
+    if cured < max(0.02, 2 * own):
+        return []
+    norm = next(n for n in evidence.structure.norms if n.post)
+    return [
+        Finding(
+            "norm.post_ln_without_warmup", "error", "counterfactual", norm.where,
+            "The norms stand on the residual path (Post-LN), and the learning rate starts at its "
+            "peak: the deep stack stalls, and gentler first steps mend it.",
+            {"loss_as_given": evidence.main.last, "taken_off": own,
+             "taken_off_with_warmup": warm, "taken_off_at_lower_rates": best,
+             "norms": sum(n.copies for n in evidence.structure.norms if n.post)},
+            fix("norm.post_ln_without_warmup"), 0.85,
+            may_be_wrong="the learning rate is too high for any arrangement of norms",
+        )
+    ]  # fmt: skip
+
+
+def _batch_too_small(evidence: Evidence, own: float) -> list[Finding]:
+    """The same rate on the union of the batches."""
+    problem = evidence.problem
+    count = len(problem.batches)
+    sizes = {x.shape[0] for x in jax.tree.leaves(problem.batch) if getattr(x, "ndim", 0)}
+    if count < 4 or len(sizes) != 1 or min(sizes) > 8:
+        return []
+    union = jax.tree.map(
+        lambda *xs: jnp.concatenate(xs) if getattr(xs[0], "ndim", 0) else xs[0], *problem.batches
+    )
+    evidence.tell("training on the union of the batches")
+    bigger = Problem(**{**vars(problem), "batch": union, "batches": (union,)})
+    run = Trainer(bigger, evidence.optimizer, evidence.steps).run()
+    gained = (run.first - run.last) / max(abs(run.first), 1e-12)
+    if not gained > max(LEARNS, 2 * own):
+        return []
+    return [
+        Finding(
+            "batch.too_small", "error", "counterfactual", "optimizer",
+            f"With batches of {min(sizes)} the gradient is mostly noise at this learning rate; on "
+            f"batches of {min(sizes) * count} the same rate learns.",
+            {"batch": min(sizes), "taken_off": own, "taken_off_by_larger_batch": gained},
+            fix("batch.too_small", every=count), 0.8,
+        )
+    ]  # fmt: skip

@@ -1,0 +1,173 @@
+"""Penalties, decay, dropout and attention: terms that stand beside the layers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.diagnosis.evidence import Evidence
+from jaxgrad.diagnosis.finding import Finding
+from jaxgrad.diagnosis.fixes import fix
+from jaxgrad.graph.ir import Value
+
+
+def regularization(evidence: Evidence) -> list[Finding]:
+    """Penalties, or decoupled decay, whose gradient is larger than that of the data."""
+    if not evidence.initial.finite:
+        return []
+    return _penalty(evidence) or _decay(evidence)
+
+
+def _penalty(evidence: Evidence) -> list[Finding]:
+    penalties = evidence.structure.penalties
+    if not penalties:
+        return []
+    grads = _gradient_of(evidence, penalties)
+    data = [g - r for g, r in zip(evidence.initial.grads, grads, strict=True)]
+    ratio = _norm(grads) / max(_norm(data), 1e-30)
+    if ratio < 3 or evidence.is_trained:
+        return []
+    return [_dominates(evidence, ratio, "the penalty in the loss")]
+
+
+def _gradient_of(evidence: Evidence, penalties: list[Value]) -> list[np.ndarray]:
+    from jaxgrad.diagnosis.passes import inputs_for, tappable
+    from jaxgrad.graph import rewrite
+
+    wiring, problem = evidence.wiring, evidence.problem
+    places = [at for at in (tappable(v, wiring) for v in penalties) if at is not None]
+    taps = {v: i for i, v in enumerate(dict.fromkeys(places))}
+    tapped = rewrite.Tapped(wiring.table, taps, lambda x, _: (jax.lax.stop_gradient(x), x), None)
+    slots = {i: jnp.zeros(()) for i in taps.values()}
+
+    def data_only(values: list[jax.Array]) -> jax.Array:
+        out, _ = tapped.run(wiring.block, inputs_for(problem, values, problem.batch), slots)
+        return out[0]
+
+    data = jax.device_get(jax.jit(jax.grad(data_only))(problem.values))
+    return [g - d for g, d in zip(evidence.initial.grads, data, strict=True)]
+
+
+def _norm(leaves: list[np.ndarray]) -> float:
+    return math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves))
+
+
+def _decay(evidence: Evidence) -> list[Finding]:
+    """What the optimizer does to the parameters where the gradient is zero."""
+    if evidence.optimizer is None:
+        return []
+    problem, tx = evidence.problem, evidence.trainer.tx
+    tree, state = problem.tree(problem.values), None
+    zeros = problem.tree([jnp.zeros_like(v) for v in problem.values])
+    real = problem.tree([jnp.asarray(g) for g in evidence.initial.grads])
+    try:
+        state = tx.init(tree)
+        update = jax.jit(lambda g: tx.update(g, state, tree)[0])
+        still = [np.asarray(u) for u in problem.flat(update(zeros))]
+        moved = [np.asarray(u) for u in problem.flat(update(real))]
+    except TypeError:
+        return []
+    ratio = _norm(still) / max(_norm([a - b for a, b in zip(moved, still, strict=True)]), 1e-30)
+    if ratio < 0.5 or not np.isfinite(ratio) or _norm(still) == 0:
+        return []
+    shrunk = _norm([np.asarray(v) for v in evidence.main.values]) / max(
+        _norm([np.asarray(v) for v in problem.values]), 1e-30
+    )
+    free = evidence.progress(evidence.run(reference=True))
+    if ratio < 3 and (shrunk > 0.8 or evidence.progress(evidence.main) > 0.5 * free):
+        return []
+    return [_dominates(evidence, ratio, "the weight decay of the optimizer")]
+
+
+def _dominates(evidence: Evidence, ratio: float, what: str) -> Finding:
+    return Finding(
+        "regularization.dominates", "error", "initial", "optimizer" if "decay" in what else "loss",
+        f"At the first step {what} pulls {ratio:.3g} times as hard as the data.",
+        {"penalty_over_data": ratio, "threshold": 3.0, "loss_at_the_end": evidence.main.last},
+        fix("regularization.dominates", factor=10 * ratio), 0.88,
+        may_be_wrong="the parameters are converged, where both pull equally",
+    )  # fmt: skip
+
+
+def dropout(evidence: Evidence) -> list[Finding]:
+    """Masks that leave less than a fifth of the activations."""
+    for mask in evidence.structure.masks:
+        if mask.predicate not in evidence.values:
+            continue
+        seen = evidence.values[mask.predicate]
+        share = float(np.mean(seen)) if mask.keeps else 1 - float(np.mean(seen))
+        if seen.size < 64 or share >= 0.2:
+            continue
+        return [
+            Finding(
+                "regularization.dropout_too_strong", "warning" if evidence.improves else "error",
+                "initial", mask.where,
+                f"Dropout keeps {share:.0%} of the activations of {mask.where}; its noise is "
+                f"{(1 - share) / max(share, 1e-9):.1f} times the signal's power.",
+                {"kept": share, "threshold": 0.2}, fix("regularization.dropout_too_strong"), 0.92,
+                may_be_wrong="the mask is part of the task, as in masked modeling",
+            )
+        ]  # fmt: skip
+    return []
+
+
+def attention(evidence: Evidence) -> list[Finding]:
+    """Scores so large that every softmax picks one key; tokens that become all alike."""
+    if not evidence.structure.attention or not evidence.initial.finite:
+        return []
+    return _logits(evidence) or _rank(evidence)
+
+
+def _logits(evidence: Evidence) -> list[Finding]:
+    for softmax in evidence.structure.attention:
+        if softmax.size < 2:
+            continue
+        at = softmax.scores
+        if at not in evidence.initial.tensors:
+            continue
+        before = float(np.nanmax(evidence.initial.tensors[at].row["rms"]))
+        if before >= 8 or (before >= 4 and evidence.stuck):
+            return [_attention_finding(softmax.where, "initial", before, before)]
+        if evidence.main.stopped is not None or evidence.learns:
+            continue
+        after = float(np.nanmax(evidence.final.tensors[at].row["rms"]))
+        if after > 30 and after > 10 * before:
+            return [_attention_finding(softmax.where, "running", before, after)]
+    return []
+
+
+def _attention_finding(where: str, stage: str, before: float, after: float) -> Finding:
+    return Finding(
+        "attention.logit_growth", "error", stage, where,
+        f"The attention scores of {where} have an RMS of {after:.3g}: the softmax picks one key "
+        "and passes no gradient to queries and keys.",
+        {"rms": after, "rms_at_the_start": before, "threshold": 8.0},
+        fix("attention.logit_growth"), 0.85,
+        may_be_wrong="sharp attention is what the task needs",
+    )  # fmt: skip
+
+
+def _rank(evidence: Evidence) -> list[Finding]:
+    rows = evidence.initial.rows["token_share"]
+    known = [
+        (n, float(s)) for n, s in zip(evidence.initial.names, rows, strict=True) if np.isfinite(s)
+    ]
+    if len(known) < 3:
+        return []
+    start = max(s for _, s in known[: max(len(known) // 3, 1)])
+    name, share = min(known[len(known) // 2 :], key=lambda item: item[1])
+    lost = share < 1e-6 * start  # in the last bits of float32, whatever is learned from them
+    if start < 0.05 or share == 0 or not (lost or (share < 1e-3 * start and evidence.stuck)):
+        return []
+    where = next(n for n, s in known if s < 0.03 * start)
+    return [
+        Finding(
+            "attention.rank_collapse", "error", "initial", where,
+            f"The tokens become all alike: at {name} {share:.1g} of the energy tells them apart, "
+            f"at the beginning {start:.2g} does.",
+            {"token_share": share, "token_share_at_the_start": start, "threshold": 1e-3 * start,
+             "layers": [n for n, s in known if s < 0.03 * start]},
+            fix("attention.rank_collapse"), 0.85,
+        )
+    ]  # fmt: skip

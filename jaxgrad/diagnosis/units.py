@@ -1,0 +1,179 @@
+"""Units that are silent, at their bounds, or all equal."""
+
+import numpy as np
+
+from jaxgrad.diagnosis.evidence import Evidence, leaf_index
+from jaxgrad.diagnosis.finding import Finding
+from jaxgrad.diagnosis.fixes import fix
+from jaxgrad.diagnosis.parts import Activation
+from jaxgrad.diagnosis.weights import scales
+
+
+def saturated(evidence: Evidence) -> list[Finding]:
+    """Bounded units at their ends on most of the data."""
+    if not evidence.initial.finite or evidence.is_trained:
+        return []
+    shares = []
+    for activation in evidence.hidden():
+        tensor = evidence.initial.tensors.get(activation.output)
+        if tensor is None or activation.kind not in ("tanh", "sigmoid"):
+            continue
+        if evidence.wiring.is_head(activation.output):
+            continue
+        share = float(np.nanmean(tensor.row[f"beyond_{activation.kind}"]))
+        shares.append((activation, share))
+    bad = [(a, s) for a, s in shares if s > 0.5]
+    if not bad:
+        return []
+    activation, share = bad[0]
+    severity = "warning" if evidence.improves else "error"
+    scale = [s for s in scales(evidence) if s.activation is activation]
+    because = "large weights" if scale and scale[0].ratio > 2 else "large inputs or biases"
+    return [
+        Finding(
+            "unit.saturated", severity, "initial", activation.where,
+            f"{share:.0%} of the {activation.kind} outputs of {activation.where} are at their "
+            f"bounds before training, from {because}; their slope is below 6 %.",
+            {"share": share, "threshold": 0.5, "because": because,
+             "layers": [a.where for a, _ in bad]},
+            fix("unit.saturated"), 0.9,
+            may_be_wrong="the parameters are not at initialization",
+        )
+    ]  # fmt: skip
+
+
+def dead(evidence: Evidence) -> list[Finding]:
+    """Layers whose units are silent on all of the data."""
+    if not evidence.initial.finite:
+        return []
+    for activation in evidence.hidden():
+        share, units = dead_share(evidence, activation, "initial")
+        if units < 3 or share < 0.9:
+            continue
+        severity = "warning" if share < 1 and evidence.improves else "error"
+        return [
+            Finding(
+                "unit.dead", severity, "initial", activation.where,
+                f"{share:.0%} of the {units} units of {activation.where} are zero on all of the "
+                "data, so no gradient passes them.",
+                {"share": share, "threshold": 0.9, "units": units,
+                 "bias": _bias_of(evidence, activation)},
+                fix("unit.dead"), 0.92,
+                may_be_wrong="the batch is far smaller than the variety of the data",
+            )
+        ]  # fmt: skip
+    return []
+
+
+def _bias_of(evidence: Evidence, activation: Activation) -> float:
+    tensor = evidence.initial.tensors.get(activation.source)
+    return float(np.nanmean(tensor.row["mean"])) if tensor is not None else float("nan")
+
+
+def dead_share(evidence: Evidence, activation: Activation, when: str) -> tuple[float, int]:
+    """Share of a layer's units that are silent on all data, and the number of units."""
+    measured = evidence.initial if when == "initial" else evidence.final
+    tensor = measured.tensors.get(activation.output)
+    if tensor is None or activation.kind not in ("relu", "gelu", "silu", "leaky_relu"):
+        return 0.0, 0
+    if tensor.units.shape[-1] == 0:
+        return 0.0, 0
+    units = tensor.units.reshape(-1, *tensor.units.shape[-2:])
+    high, low = units[:, 1].max(0), units[:, 0].min(0)
+    if activation.kind == "relu":
+        silent = (high <= 0) & (low >= 0)
+    elif activation.kind == "leaky_relu":
+        return 0.0, 0
+    else:
+        source = evidence.initial.tensors.get(activation.source)
+        if source is None or source.units.shape != tensor.units.shape:
+            return 0.0, 0
+        into = source.units.reshape(units.shape)[:, 1].max(0)
+        silent = into < -4.0
+    return float(silent.mean()), int(silent.size)
+
+
+def symmetric(evidence: Evidence) -> list[Finding]:
+    """Units that are equal, and get equal gradients: they stay equal for ever."""
+    measured, problem = evidence.initial, evidence.problem
+    if not measured.finite:
+        return []
+    guilty = []
+    for i, name in enumerate(problem.names):
+        weights = np.asarray(problem.values[i], np.float64)
+        gradient = np.asarray(measured.grads[i], np.float64)
+        if weights.ndim < 2 or problem.names[i] not in _mixing(evidence):
+            continue
+        if not problem.trainable[i] or evidence.wiring.parameters[i] not in evidence.wiring.live:
+            continue
+        axis = _equal_axis(weights, gradient, evidence)
+        if axis is not None:
+            guilty.append(name)
+    guilty = [name for name in guilty if not _is_last(evidence, name)]
+    if not guilty or (not gradient_moves(evidence, guilty) and evidence.improves):
+        return []
+    where = layer_of_leaf(evidence, guilty[0])
+    return [
+        Finding(
+            "init.symmetric", "error", "initial", where,
+            f"All units of {guilty[0]} start equal and get equal gradients, so the layer has one "
+            "unit in effect, however wide it is.",
+            {"layers": guilty}, fix("init.symmetric"), 0.95,
+            may_be_wrong="the equal units are told apart later by something random in the loss",
+        )
+    ]  # fmt: skip
+
+
+def gradient_moves(evidence: Evidence, names: list[str]) -> bool:
+    """Whether any of these leaves gets a gradient."""
+    index = leaf_index(evidence)
+    return any(np.any(evidence.initial.grads[index[n]]) for n in names)
+
+
+def _mixing(evidence: Evidence) -> set[str]:
+    """Leaves that are weights of a product."""
+    wiring = evidence.wiring
+    found: set[str] = set()
+    for op, names in wiring.labels.uses.items():
+        if op.name in ("dot_general", "conv_general_dilated"):
+            found |= set(names)
+    return found
+
+
+def _equal_axis(weights: np.ndarray, gradient: np.ndarray, evidence: Evidence) -> int | None:
+    """The axis along which weights and gradients are constant, if there is one."""
+    del evidence
+    for axis in {weights.ndim - 1, 0, 1}:
+        if weights.shape[axis] < 2:
+            continue
+        same = []
+        for array in (weights, gradient):
+            moved = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
+            scale = np.abs(moved).max() if moved.size else 0.0
+            same.append(bool(np.abs(moved - moved[:1]).max() <= 1e-5 * scale))
+        if all(same):
+            return axis
+    return None
+
+
+def _is_last(evidence: Evidence, name: str) -> bool:
+    """Whether the units of a leaf are the model's outputs; or all of it is a zero branch."""
+    wiring = evidence.wiring
+    index = leaf_index(evidence)
+    weights = np.asarray(evidence.problem.values[index[name]])
+    outputs = [op.outputs[0] for op, names in wiring.labels.uses.items() if name in names]
+    if outputs and all(wiring.is_head(v) for v in outputs):
+        return True
+    if np.any(weights):
+        return False
+    # zero weights: equal for ever only if a gradient never comes, though the leaf can be reached
+    later = evidence.main.values[index[name]]
+    return bool(np.any(np.asarray(later)))
+
+
+def layer_of_leaf(evidence: Evidence, name: str) -> str:
+    """The layer that uses a parameter leaf."""
+    for op, names in evidence.wiring.labels.uses.items():
+        if name in names:
+            return evidence.wiring.layer(op.outputs[0]) or name
+    return name

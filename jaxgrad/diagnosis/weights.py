@@ -1,0 +1,180 @@
+"""Weights too small, too large, or made for another activation."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.diagnosis.evidence import Evidence, leaf_index
+from jaxgrad.diagnosis.finding import Finding
+from jaxgrad.diagnosis.fixes import fix
+from jaxgrad.diagnosis.parts import Activation, Affine
+
+# Weight variance times fan_in that keeps the scale, by activation (He 2015; Glorot 2010).
+_KEEPS = {
+    "relu": 2.0, "leaky_relu": 2.0, "gelu": 2.0, "silu": 2.0, "tanh": 1.0, "sigmoid": 1.0,
+    "softplus": 1.0, "exp": 1.0,
+}  # fmt: skip
+
+
+class Scale:
+    """What a layer's weights do to the scale, beside what its activation needs."""
+
+    def __init__(self, activation: Activation, affine: Affine, std: float) -> None:
+        self.activation, self.affine = activation, affine
+        self.gain = std**2 * affine.fan_in
+        self.needed = _KEEPS.get(activation.kind, 1.0)
+        self.ratio = math.sqrt(self.gain / self.needed) if std > 0 else 0.0
+
+
+def scales(evidence: Evidence) -> list[Scale]:
+    """The hidden layers' scales, in forward order; layers before a norm do not count."""
+    index = leaf_index(evidence)
+    found = []
+    seen = set()
+    for activation in evidence.hidden():
+        for affine in activation.affine:
+            leaf = evidence.problem.values[index[affine.leaf]] if affine.leaf in index else None
+            if leaf is None or leaf.ndim < 2 or affine.op in seen:
+                continue
+            seen.add(affine.op)
+            std = float(np.std(np.asarray(leaf, np.float64)))
+            found.append(Scale(activation, affine, std))
+    return found
+
+
+def rescaled(evidence: Evidence, found: list[Scale]) -> list[jax.Array]:
+    """The parameters with every hidden layer's weights at the scale its activation needs."""
+    index = leaf_index(evidence)
+    values = list(evidence.problem.values)
+    for scale in found:
+        if scale.ratio > 0:
+            i = index[scale.affine.leaf]
+            goal = _goal(scale) / math.sqrt(scale.gain)
+            values[i] = (values[i].astype(jnp.float32) * goal).astype(values[i].dtype)
+    return values
+
+
+def _goal(scale: Scale) -> float:
+    """Root of variance times fan_in: He for rectifiers, Glorot for bounded activations."""
+    if scale.activation.kind in ("tanh", "sigmoid"):
+        affine = scale.affine
+        return math.sqrt(2 * affine.fan_in / (affine.fan_in + affine.fan_out))
+    return math.sqrt(scale.needed)
+
+
+def _compounded(found: list[Scale]) -> float:
+    """The factor by which the weights miss the needed scale, all layers together."""
+    return math.exp(sum(math.log(max(s.ratio, 1e-30)) for s in found)) if found else 1.0
+
+
+def init_scale(evidence: Evidence) -> list[Finding]:
+    """Weights too small or too large for the depth, or made for another activation."""
+    if not evidence.initial.finite or evidence.is_trained:
+        return []
+    found = [s for s in scales(evidence) if s.ratio > 0]
+    if not found:
+        return []
+    whole = _compounded(found)
+    ratios = np.array([s.ratio for s in found])
+    if whole > 30 and ratios.max() > 2:
+        return _maybe_too_large(evidence)
+    if whole < 1 / 30 and not evidence.improves:
+        return _maybe_too_small(evidence, found)
+    return []
+
+
+def loud(evidence: Evidence) -> dict[str, float] | None:
+    """Signs that the output is far too large, or that bounded units are driven to their ends."""
+    head = evidence.head
+    if evidence.chance is not None and head is not None:
+        ratio = evidence.initial.value / evidence.chance
+        if ratio > 5:
+            return {"loss_over_chance": ratio, "threshold": 5.0}
+    for difference in evidence.structure.differences:
+        prediction = evidence.values.get(difference.prediction)
+        target = (
+            evidence.values.get(difference.target) if isinstance(difference.target, int) else None
+        )
+        if prediction is None or target is None:
+            continue
+        ratio = rms(prediction) / max(rms(target), 1e-30)
+        if ratio > 30:
+            return {"prediction_over_target": ratio, "threshold": 30.0}
+    return None
+
+
+def rms(x: np.ndarray) -> float:
+    """Root mean square in float64; 0 of nothing."""
+    return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64))))) if x.size else 0.0
+
+
+def _maybe_too_large(evidence: Evidence) -> list[Finding]:
+    signs = loud(evidence)
+    if signs is None:
+        return []
+    severity = "warning" if evidence.improves else "error"
+    return [too_large(evidence, signs, severity)]
+
+
+def too_large(evidence: Evidence, facts: dict[str, Any], severity: str) -> Finding:
+    """The finding, at the first layer whose weights exceed what its activation needs."""
+    found = scales(evidence)
+    wide = [s for s in found if s.ratio > 2] or found
+    where = wide[0].affine.where if wide else ""
+    if not where:
+        bad = np.flatnonzero(~np.isfinite(evidence.initial.rows["rms"]))
+        where = evidence.initial.names[int(bad[0])] if bad.size else ""
+    gain = wide[0].needed if wide else 2.0
+    measured = wide[0].gain if wide else float("nan")
+    return Finding(
+        "init.too_large", severity, "initial", where,
+        f"The weights are too large from {where} on: variance times fan_in is {measured:.3g}, and "
+        f"{gain:g} would keep the scale.",
+        facts | {"variance_times_fan_in": measured, "needed": gain,
+                 "layers": [s.affine.where for s in wide]},
+        fix("init.too_large", gain=gain), 0.88,
+        may_be_wrong="a scale inside the model undoes it",
+    )  # fmt: skip
+
+
+def _maybe_too_small(evidence: Evidence, found: list[Scale]) -> list[Finding]:
+    small = [s for s in found if s.ratio < 0.7]
+    worst = min(s.ratio for s in found)
+    if worst > 0.25 and not evidence.stuck:
+        return []
+    cured = evidence.run_from(rescaled(evidence, found))
+    own, gained = max(evidence.progress(evidence.main), 0.0), evidence.progress(cured)
+    if gained < max(2.5 * own, own + 0.1):
+        return []
+    where, scale = small[0].affine.where, small[0]
+    facts = {
+        "variance_times_fan_in": scale.gain, "needed": scale.needed,
+        "all_layers": _compounded(found), "loss_as_given": evidence.main.last,
+        "loss_with_the_needed_scale": cured.last, "layers": [s.affine.where for s in small],
+    }  # fmt: skip
+    if worst > 0.25:
+        return [_mismatch(scale, facts)]
+    return [
+        Finding(
+            "init.too_small", "error", "initial", where,
+            f"The weights are too small from {where} on: variance times fan_in is "
+            f"{scale.gain:.3g}, {scale.needed:g} would keep the scale, and {len(found)} layers "
+            f"compound to {_compounded(found):.1g}.",
+            facts, fix("init.too_small", gain=scale.needed), 0.92,
+        )
+    ]  # fmt: skip
+
+
+def _mismatch(scale: Scale, facts: dict[str, Any]) -> Finding:
+    kind = scale.activation.kind
+    mode = "fan_avg" if kind in ("tanh", "sigmoid") else "fan_in"
+    return Finding(
+        "init.activation_mismatch", "error", "initial", scale.affine.where,
+        f"The initialization is made for another activation: for {kind} variance times fan_in "
+        f"should be about {scale.needed:g}, it is {scale.gain:.3g}, and depth compounds it.",
+        facts,
+        fix("init.activation_mismatch", gain=scale.needed, mode=mode, kind=kind), 0.85,
+    )  # fmt: skip
