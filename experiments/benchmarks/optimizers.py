@@ -161,14 +161,31 @@ def compile_seconds() -> float:
     return time.perf_counter() - start
 
 
+def state_bytes() -> dict[str, dict[str, float]]:
+    """Bytes of state per parameter, float32, of every rule and of its twin."""
+    params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+
+    def bytes_of(make: Callable[..., Any]) -> float:
+        leaves = jax.tree.leaves(jax.eval_shape(make(RATE).init, params))
+        return sum(a.size * a.dtype.itemsize for a in leaves) / 1024**2
+
+    return {
+        name: {"jaxgrad": bytes_of(hand), "optax": bytes_of(chain)}
+        for name, (hand, chain) in optim.TWINS.items()
+        if not name.startswith(("clip", "adaptive_clip"))
+    }
+
+
 def main() -> int:
     options = harness.options(__doc__)
+    extra: dict[str, Any] = {"state bytes per parameter": state_bytes()}
     bounds = {"sgd": 1.0, "momentum": 1.0, "adam": 1.0, "adamw": 1.0, "lion": 0.45}
     bounds |= {"clip+adamw": 0.55, "accumulate(adamw, 4)": 0.45}
     groups, claims = {}, []
     for name, bound in bounds.items():
         results, figures = big_group(name, options)
         groups[f"{name}, 40M entries in {len(BIG)} leaves"] = results
+        extra[name] = figures
         for what, value in figures.items():
             print(f"{name}: {what}: {value:.3g}")
         best = min(
@@ -183,7 +200,7 @@ def main() -> int:
         harness.Claim("packed state: time over optax", small["jaxgrad, packed"].time_ratio, 0.05)
     )
     claims.append(harness.Claim("norm of 2000 leaves: compile, seconds", compile_seconds(), 5.0))
-    return harness.finish("optimizers", groups, claims, options)
+    return harness.finish("optimizers", groups, claims, options, extra)
 
 
 if __name__ == "__main__":
