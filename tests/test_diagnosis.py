@@ -43,6 +43,7 @@ def test_the_primary_cause_of_a_faulty_program_is_named(program: Program) -> Non
     assert report.primary is not None
     assert report.primary.code in program.codes
     assert report.primary.fix and report.primary.cause
+    assert not report.notes
     if program.where:
         assert any(part in report.primary.where for part in program.where)
 
@@ -52,6 +53,7 @@ def test_a_healthy_program_raises_no_alarm(program: Program) -> None:
     report = examine(program)
     assert report.primary is None
     assert all(f.severity == "info" for f in report.findings)
+    assert not report.notes
 
 
 def linear_loss(params: Any, batch: Any) -> Any:
@@ -169,3 +171,26 @@ def test_the_reported_fix_of_a_vanishing_start_trains() -> None:
     widths = [64, *[32] * 12, 10]
     cured = diagnose(**made | {"params": models.mlp_params(0, widths, models.he)})
     assert cured.primary is None
+
+
+def test_an_optimizer_that_cannot_be_run_is_said_to_be_so() -> None:
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        raise ValueError("needs the moon")
+
+    params, batch = linear_problem()
+    tx = optax.GradientTransformation(lambda _: (), update)
+    report = diagnose(linear_loss, params, batch, tx)
+    assert report.primary is None
+    assert any("needs the moon" in note for note in report.notes)
+
+
+def test_a_satisfied_hinge_is_no_dead_unit() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 8)).astype(np.float32)
+    params = models.mlp_params(0, [8, 16, 4])
+    params[-1]["b"] = jnp.full(4, 50.0)
+
+    def hinge(params: Any, x: Any) -> Any:
+        return jnp.maximum(0.0, 1.0 - models.mlp(params, x)).mean() + 0.0 * params[0]["w"].sum()
+
+    assert diagnose(hinge, params, x, optax.sgd(0.1)).primary is None

@@ -104,7 +104,10 @@ def _apply_rules(evidence: Evidence) -> list[Finding]:
     for rule in RULES:
         if any(f.severity == "error" and f.code in _CONCLUSIVE for f in found):
             break
-        found += rule(evidence)
+        try:
+            found += rule(evidence)
+        except Exception as error:  # said in the report: one rule that fails must not hide the rest
+            evidence.notes.append(f"rule {rule.__name__} failed: {type(error).__name__}: {error}")
     return found
 
 

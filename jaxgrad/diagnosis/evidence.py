@@ -113,8 +113,9 @@ class Evidence:
 
     @functools.cached_property
     def head(self) -> Softmax | None:
-        """The softmax of a classification."""
-        heads = [s for s in self.structure.softmaxes if s.head]
+        """The softmax of a classification: a logarithm is taken of it."""
+        logs = any(h.kind == "log" for h in self.structure.log_heads)
+        heads = [s for s in self.structure.softmaxes if s.head and (s.kind == "log" or logs)]
         return heads[-1] if heads else None
 
     @property
@@ -131,7 +132,8 @@ class Evidence:
 
     def hidden(self) -> list[Activation]:
         """Activations between layers, in forward order, that gate nothing."""
-        return [a for a in self.structure.activations if not a.gate]
+        is_head = self.wiring.is_head
+        return [a for a in self.structure.activations if not (a.gate or is_head(a.output))]
 
     # ----------------------------------------------------------------------------- training
 
@@ -149,8 +151,18 @@ class Evidence:
 
     @functools.cached_property
     def trainer(self) -> Trainer:
-        """The compiled training."""
-        return Trainer(self.problem, self.optimizer, self.steps)
+        """The compiled training; with Adam alone if the user's optimizer cannot be run."""
+        if self.optimizer is not None:
+            trainer = Trainer(self.problem, self.optimizer, self.steps)
+            try:
+                trainer.check()
+                return trainer
+            except Exception as error:
+                self.notes.append(
+                    f"the optimizer could not be run, so nothing is said of it: {error}"
+                )
+                self.optimizer = None
+        return Trainer(self.problem, None, self.steps)
 
     def run(self, **circumstances: Any) -> Run:
         """A training, remembered by its circumstances (numbers only)."""

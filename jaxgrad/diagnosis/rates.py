@@ -12,6 +12,8 @@ from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.problem import Problem
 from jaxgrad.diagnosis.training import Run, Trainer
 
+# a run that takes this share off its loss is not compared with lower rates
+_WELL = 0.5
 _SLOW = 10.0**-4.5  # update RMS over weight RMS; healthy runs stand between 1e-2 and 1e-4
 
 
@@ -24,7 +26,7 @@ def learning_rate(evidence: Evidence) -> list[Finding]:
     too_low = _too_low(evidence)
     if too_low:
         return too_low
-    if evidence.improves and not _shaken(evidence):
+    if evidence.progress(evidence.main) >= _WELL and not _shaken(evidence):
         return []
     return _too_high(evidence)
 
@@ -106,7 +108,11 @@ def _too_high(evidence: Evidence) -> list[Finding]:
 
 
 def _moves_little(run: Run) -> bool:
-    return run.stopped is None and run.update_ratio < 1e-4
+    """Whether the updates were small from the start on: not only after all units had died."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = (run.update_rms / run.weight_rms)[: max(len(run.losses) // 10, 8)]
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+    return run.stopped is None and (not ratio.size or float(np.median(ratio)) < 1e-4)
 
 
 def is_post_ln(evidence: Evidence) -> bool:

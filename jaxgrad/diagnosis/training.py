@@ -124,7 +124,10 @@ class Trainer:
             batch = self._batch(stack, t)
             loss, grads = self._grads(values, batch, key)
             tree, gradient = problem.tree(values), problem.tree(grads)
-            extra = {"value": loss, "grad": gradient}
+            extra = {
+                "value": loss, "grad": gradient,
+                "value_fn": lambda tree: problem.value(problem.flat(tree), batch, key),
+            }  # fmt: skip
             own, own_state = self.tx.update(gradient, states[0], tree, **extra)
             ref, ref_state = self.reference.update(gradient, states[1], tree)
             chosen = controls["reference"]
@@ -147,6 +150,11 @@ class Trainer:
         start = (values, states, jnp.asarray(True))
         (values, _, _), rows = jax.lax.scan(step, start, jnp.arange(self.steps))
         return values, rows
+
+    def check(self) -> None:
+        """Traces the training, which raises what the optimizer raises."""
+        controls = dict.fromkeys(("scale", "warmup", "reference"), jnp.float32(1))
+        _ = jax.eval_shape(self._run, list(self.problem.values), self.stack, controls)
 
     def run(
         self,
