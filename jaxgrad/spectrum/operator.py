@@ -71,6 +71,11 @@ class Operator:
     plan: Plan
     parts: tuple[_Part, ...]
 
+    @property
+    def layers(self) -> int:
+        """How many layers there are."""
+        return sum(len(part.maps) * part.repeats for part in self.parts)
+
     def push(self, vectors: Vectors) -> Products:
         """`J v` as vectors with largest entries in [1/2, 1), and their exponents."""
         return self._product(vectors, backward=False)

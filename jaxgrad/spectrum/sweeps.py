@@ -31,7 +31,10 @@ class Found(NamedTuple):
 
 class _State(NamedTuple):
     right: Array
-    found: Found
+    factors: Array  # of `A V = U R`, (layers, examples, count, count), the first layer's first
+    power: Array
+    live: Array  # how many of the vectors reach the end
+    residuals: Array
     sweeps: Array
 
 
@@ -59,41 +62,45 @@ def graded_largest(
     """
 
     def advance(state: _State) -> _State:
-        left, product, power = _swept(operator, state.right, backward=False)
-        values = product.spectrum()
-        live = jnp.sum(values.mantissa != 0, axis=-1)
+        left, factors, power = _swept(operator, state.right, backward=False)
+        reached = jnp.all(jnp.diagonal(factors, axis1=-2, axis2=-1) != 0, axis=0)
+        live = jnp.sum(jnp.cumprod(reached, axis=-1), axis=-1, dtype=jnp.int32)
         back, _, _ = _swept(operator, left, backward=True)
         residuals = _tangents(state.right, back, live)
-        exponent = jnp.where(values.mantissa == 0, 0, values.exponent + power[:, None])
-        mantissa = values.mantissa
-        return _State(back, Found(mantissa, exponent, residuals), state.sweeps + 1)
+        return _State(back, factors, power, live, residuals, state.sweeps + 1)
 
     def unfinished(state: _State) -> Array:
-        wanted = needed[:, None] & (state.found.mantissa != 0)
-        wanted &= ~jnp.isnan(state.found.mantissa)
-        open_ = jnp.any(wanted & (state.found.residuals > tolerance))
+        wanted = needed[:, None] & (jnp.arange(right.shape[1]) < state.live[:, None])
+        open_ = jnp.any(wanted & (state.residuals > tolerance))
         return open_ & (state.sweeps < _MOST_SWEEPS)
 
-    shape = right.shape[:2]
-    half = jnp.full(shape, 0.5, right.dtype)
-    start = Found(half, jnp.zeros(shape, jnp.int32), jnp.full(shape, jnp.inf, right.dtype))
-    return jax.lax.while_loop(unfinished, advance, _State(right, start, jnp.int32(0))).found
+    state = jax.lax.while_loop(unfinished, advance, _start(operator, right))
+    # Outside of the loop: inside, XLA for CPU (jaxlib 0.10) crashes when it compiles it.
+    spectrum = graded_product(state.factors).spectrum()
+    zero = spectrum.mantissa == 0
+    exponent = jnp.where(zero, 0, spectrum.exponent + state.power[:, None])
+    return Found(spectrum.mantissa, exponent, jnp.where(zero, jnp.inf, state.residuals))
 
 
-def _swept(operator: Operator, vectors: Array, backward: bool) -> tuple:
-    """Orthonormal vectors at the other end, and the product of the triangular factors."""
+def _start(operator: Operator, right: Array) -> _State:
+    examples, count = right.shape[:2]
+    layers = max(1, operator.layers)
+    none, live = jnp.zeros(examples, jnp.int32), jnp.full(examples, count, jnp.int32)
+    factors = jnp.zeros((layers, examples, count, count), right.dtype)
+    open_ = jnp.full((examples, count), jnp.inf, right.dtype)
+    return _State(right, factors, none, live, open_, jnp.int32(0))
+
+
+def _swept(operator: Operator, vectors: Array, backward: bool) -> tuple[Array, Array, Array]:
+    """Orthonormal vectors at the other end, the triangular factors, and their powers of two."""
     rows = jnp.swapaxes(vectors, 0, 1)
     rows, _, records = operator.traverse(rows, None, _orthogonalized, backward)
-    rows = jnp.swapaxes(rows, 0, 1)
     if records is None:
         eye = jnp.eye(vectors.shape[1], dtype=vectors.dtype)
         factors = jnp.broadcast_to(eye, (1, vectors.shape[0], *eye.shape))
-        power = jnp.zeros(vectors.shape[:1], jnp.int32)
-    else:
-        factors, powers = records
-        factors = factors[::-1] if backward else factors
-        power = jnp.sum(powers, axis=0)
-    return rows, graded_product(factors), power
+        return vectors, factors, jnp.zeros(vectors.shape[:1], jnp.int32)
+    factors, powers = records
+    return jnp.swapaxes(rows, 0, 1), factors, jnp.sum(powers, axis=0, dtype=jnp.int32)
 
 
 def _orthogonalized(vectors: Array, *_: None) -> tuple[Array, None, tuple[Array, Array]]:
