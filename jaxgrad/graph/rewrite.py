@@ -39,7 +39,9 @@ class Tapped:
 
     def __init__(self, table: Table, sites: dict[Value, int], tap: Tap, blank: Any = None) -> None:
         self.table, self.sites, self.tap, self.blank = table, sites, tap, blank
-        self.shared_tap = _shared(tap)
+        # a call, so that tensors of one type share its trace, its derivative and its lowering; XLA
+        # inlines it
+        self.shared_tap = jax.jit(tap)
 
     def run(
         self, block: Block, args: Sequence[Any], slots: dict[int, Any]
@@ -168,15 +170,6 @@ class _Identity:
 
     def __hash__(self) -> int:
         return id(self.value)
-
-
-@functools.lru_cache(maxsize=64)
-def _shared(tap: Tap) -> Tap:
-    """The tap as a call: traced, differentiated and lowered once for all tensors of one type.
-
-    XLA inlines it; only the time to get there shrinks.
-    """
-    return jax.jit(tap)
 
 
 def _outputs_of(block: Block) -> list[Value]:
