@@ -1,8 +1,8 @@
 """Orthogonalization of rows by matrix products: block Gram-Schmidt over small Cholesky factors.
 
-LAPACK's QR, one matrix of a batch after the other, costs as much as 30 products of its size on a
-CPU and more on a GPU; this costs two to three, and lowers for every platform. Its residual is as
-small as Householder's, row by row. Its rows are orthonormal only to rounding times the condition
+LAPACK's QR, one matrix of a batch after the other, costs as much as 30 products of 256 x 256 on a
+CPU; this costs two to three, and lowers for every platform. Its residual is as small as
+Householder's, row by row. Its rows are orthonormal only to rounding times the condition
 number (A. Bjorck, "Solving linear least squares problems by Gram-Schmidt orthogonalization", 1967),
 which a stratified product can bear: what it needs is a well-conditioned basis.
 """
@@ -14,9 +14,11 @@ from jaxtyping import Array, Float
 # Rows that are orthogonalized through their Gram matrix; more would square a larger condition
 # number, fewer would make the products small.
 _LEAF = 32
-# A pivot of a Gram matrix below this many eps is noise; below the root of eps, one pass has not
-# made the rows orthogonal.
+# A pivot of a Gram matrix below this many eps is noise. Beside small pivots one pass has not made
+# the rows orthogonal to rounding, and what they miss of a later row would drown its remainder.
 _FLOOR = 64.0
+_BENIGN = 0.02
+_LOSS = 1e4
 _MOST_PASSES = 4
 
 
@@ -27,20 +29,45 @@ def lq(
 
     Args:
         rows: Finite, of moderate range. A row of zeros gives a row of zeros in both factors.
-        orthonormal: Whether to pay twice for rows that are orthonormal to rounding.
+        orthonormal: Whether to pay twice for rows that are orthonormal to rounding, as they always
+            are if r > m: then the later rows are known by their projections only.
     """
     count = min(rows.shape[-2:])
-    lower, vectors = _orthogonalized(rows[..., :count, :])
-    if orthonormal:
-        again, vectors = _orthogonalized(vectors)
-        lower = _times(lower, again)
+    first = rows[..., :count, :]
+    if orthonormal or count < rows.shape[-2]:
+        unit = jnp.broadcast_to(jnp.eye(count, dtype=rows.dtype), (*first.shape[:-1], count))
+
+        def again(_, factors):
+            lower, vectors = _orthogonalized(factors[1])
+            return _times(factors[0], lower), vectors
+
+        lower, vectors = jax.lax.fori_loop(0, 2, again, (unit, first))
+    else:
+        lower, vectors = _orthogonalized(first)
+        if count > _LEAF:
+            lower, vectors = _mended(first, lower, vectors)
     if count == rows.shape[-2]:
         return lower, vectors
-    rest, lowest = rows[..., count:, :], 0.0
-    for _ in range(2):  # the second projection takes what imperfect orthogonality left
-        part = _times(rest, _transposed(vectors))
-        rest, lowest = rest - _times(part, vectors), lowest + part
+    lowest = _times(rows[..., count:, :], _transposed(vectors))
     return jnp.concatenate([lower, lowest], axis=-2), vectors
+
+
+def _mended(rows, lower, vectors):
+    """Once more, if blocks may have lost their orthogonality.
+
+    Several blocks are projected out at once (classical Gram-Schmidt), so that the loss is some ten
+    eps over the square of the smallest relative pivot, of all blocks that others come after.
+    """
+    before = (rows.shape[-2] - 1) // _LEAF * _LEAF
+    pivots = jnp.diagonal(lower, axis1=-2, axis2=-1)[..., :before] ** 2
+    squares = jnp.sum(rows[..., :before, :] ** 2, axis=-1)
+    lost = jnp.any(pivots < _LOSS * jnp.finfo(rows.dtype).eps * squares)
+
+    def again():
+        factor, better = _orthogonalized(vectors)
+        return _times(lower, factor), better
+
+    return jax.lax.cond(lost, again, lambda: (lower, vectors))
 
 
 def _orthogonalized(rows):
@@ -65,11 +92,10 @@ def _leaf(rows):
     Source: T. Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
     ill-conditioned matrices", 2020; here small pivots are raised instead of all of them.
     """
-    benign = jnp.sqrt(jnp.finfo(rows.dtype).eps)
 
     def magnified(state):
         _, _, smallest, passes = state
-        return (smallest < benign) & (passes < _MOST_PASSES)
+        return (smallest < _BENIGN) & (passes < _MOST_PASSES)
 
     def improved(state):
         factors, vectors, _, passes = state

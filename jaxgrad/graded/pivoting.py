@@ -24,8 +24,10 @@ _LARGEST_COUPLING = 16.0
 _ZERO_BELOW = 4.0
 # Rows that are larger than an earlier one by no more than this, in powers of two, keep their place.
 _DISORDER = 2.0
-# Norms of rows within these powers of two need no rescaling.
-_COMFORTABLE = 30
+# Outputs of a layer whose mean squares differ by less than this factor count as alike.
+_UNEVEN = 2.0
+# Squared norms of rows within these powers of two need no rescaling.
+_COMFORTABLE = 60
 
 
 class GradedLQ(NamedTuple):
@@ -134,9 +136,10 @@ def with_batch_axis(axis_size, in_batched, arguments):
 
 def _pivoted(rows: Rows, repair, orthonormal: bool) -> GradedLQ:
     """See `graded_lq`. A batch shares one decision, so that the slow path is a real branch."""
-    rows = _in_comfortable_range(rows)
-    levels = _levels(rows.mantissa, rows.exponent)
-    score = levels + 0.5 * jnp.log2(jnp.sum(rows.values**2, axis=-1))
+    rows, squares = _in_comfortable_range(rows)
+    # From here on, noise counts the rounding errors of the LQ too.
+    rows = rows._replace(noise=jnp.sqrt(rows.noise**2 + squares))
+    score = _levels(rows.mantissa, rows.exponent) + 0.5 * jnp.log2(squares)
     ahead = jax.lax.cummax(score, axis=score.ndim - 1, reverse=True)
     disorder = jnp.any(ahead[..., 1:] - score[..., :-1] > _DISORDER)
     first = jnp.broadcast_to(jnp.arange(score.shape[-1]), score.shape)
@@ -178,20 +181,22 @@ def _levels(mantissa, exponent):
     return scale.log2_of(mantissa, jnp.where(mantissa == 0, 0, exponent - top))
 
 
-def _in_comfortable_range(rows: Rows) -> Rows:
-    """Norms of order one, where one has moved far away from it."""
-    largest = jnp.max(jnp.abs(rows.values), axis=-1)
-    shift = jnp.frexp(largest)[1].astype(jnp.int32)
+def _in_comfortable_range(rows: Rows):
+    """Norms of order one, where one has moved far away from it; and the squares of the norms."""
+    squares = jnp.sum(rows.values**2, axis=-1)
 
     def rescaled():
-        return rows._replace(
+        shift = jnp.frexp(jnp.max(jnp.abs(rows.values), axis=-1))[1].astype(jnp.int32)
+        near = rows._replace(
             values=scale.shifted(rows.values, -shift[..., None]),
             exponent=rows.exponent + shift,
             noise=scale.shifted(rows.noise, -shift),
         )
+        return near, jnp.sum(near.values**2, axis=-1)
 
-    far = jnp.any(jnp.abs(shift) > _COMFORTABLE)
-    return jax.lax.cond(far, rescaled, lambda: rows)
+    comfortable = (squares > 2.0**-_COMFORTABLE) & (squares < 2.0**_COMFORTABLE)
+    far = jnp.any((rows.mantissa != 0) & ~comfortable)
+    return jax.lax.cond(far, rescaled, lambda: (rows, squares))
 
 
 def _in_order(rows: Rows, order) -> Rows:
@@ -233,9 +238,12 @@ def _rounding(rows: Rows, lower, vectors):
     count, width = vectors.shape[-2:]
     eps = jnp.finfo(lower.dtype).eps
     diagonal = jnp.diagonal(lower, axis1=-2, axis2=-1)
-    # (sums of products, not matrix products: those would store the squares first)
-    weight = jnp.sqrt(jnp.sum(vectors**2 * rows.weights[..., None, :] ** 2, axis=-1))
-    squares = rows.noise**2 + jnp.sum(rows.values**2, axis=-1)
+    weight = jax.lax.cond(
+        jnp.any(rows.weights**2 * width > _UNEVEN),
+        lambda: jnp.sqrt(jnp.sum(vectors**2 * rows.weights[..., None, :] ** 2, axis=-1)),
+        lambda: jnp.full(diagonal.shape, width**-0.5, lower.dtype),
+    )
+    squares = rows.noise**2
     own = eps * weight * jnp.sqrt(squares[..., :count])
     remaining = jnp.sqrt(jnp.arange(width, width - count, -1).astype(lower.dtype))
     zero = diagonal <= _ZERO_BELOW * own * remaining
@@ -299,7 +307,7 @@ def _pivot_order(rows: Rows) -> Int[Array, "*batch r"]:
     length, width = rows.values.shape[-2:]
     eps = jnp.finfo(rows.values.dtype).eps
     level = _levels(rows.mantissa, rows.exponent)
-    squares = rows.noise**2 + jnp.sum(rows.values**2, axis=-1)
+    squares = rows.noise**2
 
     def step(index, state):
         remainder, position = state
