@@ -26,6 +26,7 @@ _EXPLOSION = 100.0
 _BAND = (0.1, 10.0)
 _TOLERANCE = 1e-3
 _ACCEPTED = 0.02
+_NO_WEIGHT = Weight(-1)
 
 
 @dataclass(frozen=True)
@@ -198,17 +199,13 @@ class _Sweep:
         self.sides: dict[Any, Any] = {}
 
     def constants(self, program: Program) -> State:
-        """The program's constants with the factors found so far."""
+        """The program's constants with the factors found so far, wherever a weight is used."""
         values = list(self.reading.constants(program))
-        weights = {v: w for layer in self._of(program) for v, w in layer.weights.items()}
-        for position, weight in weights.items():
-            factor = self.factors.get(weight)
+        for position, value in enumerate(program.constants, start=len(program.literals)):
+            factor = self.factors.get(self.reading.weight_of.get(value, _NO_WEIGHT))
             if factor is not None:
                 values[position] = values[position] * jnp.asarray(factor, values[position].dtype)
         return tuple(values)
-
-    def _of(self, program: Program) -> list[WeightedLayer]:
-        return [layer for layer in _all_layers(self.reading) if layer.program is program]
 
     def run(self, residual: float | None) -> None:
         """Fit every layer; `residual` is the goal of residual ones, None leaves them."""
@@ -216,14 +213,7 @@ class _Sweep:
         if entry is not None:
             self.rows.append(self._fit(entry, reading.data, residual, True))
         start = reading.start
-        values = list(reading.constants(start))
-        offset = len(start.literals)
-        scaled = self._by_value()
-        for i, value in enumerate(start.constants):
-            if value in scaled:
-                array = values[offset + i]
-                values[offset + i] = array * jnp.asarray(scaled[value], array.dtype)
-        state, _ = start.run(tuple(values), (), ())
+        state, _ = gain.run(start, self.constants(start), (), ())
         self.sides |= dict(zip(start.after, state, strict=True))
         for layer in reading.layers:
             is_entry = reading.at_data and layer is reading.layers[0]
@@ -234,16 +224,6 @@ class _Sweep:
             state = after[: len(after) - bool(layer.weights or layer.blocked)]
             self.sides |= dict(zip(program.side_outputs, made, strict=True))
             self.sides |= dict(zip(program.after, state, strict=False))
-
-    def _by_value(self) -> dict[int, float]:
-        """Factors by the value that holds the weight."""
-        found = {}
-        for layer in _all_layers(self.reading):
-            offset = len(layer.program.literals)
-            for position, weight in layer.weights.items():
-                if weight in self.factors:
-                    found[layer.program.constants[position - offset]] = self.factors[weight]
-        return found
 
     def _fit(
         self, layer: WeightedLayer, state: State, residual: float | None, is_entry: bool

@@ -382,3 +382,16 @@ def test_bad_arguments_are_named():
         _ = theory.fixup_scale(3, 1)
     with pytest.raises(ValueError, match="width: expected at least 1"):
         _ = theory.gaussian_lyapunov_exponents(0)
+
+
+def test_functions_lower_for_every_platform():
+    functions = (
+        lambda w: theory.mean_field("gelu", w, 0.1).xi_c,
+        lambda w: theory.edge_of_chaos("tanh", w)[0],
+        lambda w: theory.shrink_probability(16, w),
+        lambda w: theory.log_gain([8, 8]).mean + theory.gaussian_lyapunov_exponents(4, w),
+        lambda w: theory.largest_squared_singular_value(w, 0.5),
+    )
+    for f in functions:
+        exported = jax.export.export(jax.jit(f), platforms=["cpu", "cuda", "tpu"])(jnp.ones(()))
+        assert set(exported.platforms) == {"cpu", "cuda", "tpu"}

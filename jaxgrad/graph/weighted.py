@@ -50,6 +50,7 @@ class Reading:
         data: the float data that `entry` takes.
         layers: the layers after it.
         env: value -> array, for everything that the programs take from outside.
+        weight_of: value -> the weight that it is.
         leaves: all leaves of the parameters.
         treedef: their structure.
         leaf_names: their names.
@@ -62,6 +63,7 @@ class Reading:
     data: State
     layers: tuple[WeightedLayer, ...]
     env: dict[Value, Any]
+    weight_of: dict[Value, Weight]
     leaves: list[Any]
     treedef: Any
     leaf_names: dict[int, str]
@@ -243,8 +245,8 @@ class _Found:
         on |= {w.leaf for w in entry.weights.values()} if entry else set()
         off = {w.leaf for marks in self.marks.of.values() for w in marks} - on
         return Reading(
-            start, at_data, entry, tuple(env[v] for v in taken), tuple(made), env, leaves, treedef,
-            leaf_names, tuple(leaf_names[i] for i in sorted(off)),
+            start, at_data, entry, tuple(env[v] for v in taken), tuple(made), env, self.marks.whole,
+            leaves, treedef, leaf_names, tuple(leaf_names[i] for i in sorted(off)),
         )  # fmt: skip
 
     def _entry(self) -> tuple[WeightedLayer | None, tuple[Value, ...]]:
