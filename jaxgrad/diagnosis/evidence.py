@@ -248,8 +248,8 @@ class Evidence:
     @property
     def plain_optimizer(self) -> Any:
         """The user's transformation itself, whose closures can be read."""
-        held = self.optimizer
-        return held if hasattr(held, "init") else held.tx
+        held: Any = self.optimizer
+        return held if hasattr(held, "init") else getattr(held, "tx", None)
 
     @functools.cached_property
     def clip(self) -> Order | None:
