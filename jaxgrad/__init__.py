@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from jaxgrad import checks as checks
     from jaxgrad import data as data
     from jaxgrad import monitor as monitor
+    from jaxgrad import nn as nn
     from jaxgrad import optim as optim
     from jaxgrad import precision as precision
     from jaxgrad import recurrent as recurrent
@@ -53,10 +54,11 @@ if TYPE_CHECKING:
     from jaxgrad.diagnosis import Report as Report
     from jaxgrad.diagnosis import diagnose as diagnose
     from jaxgrad.stability import max_stable_learning_rate as max_stable_learning_rate
+    from jaxgrad.stability import top_hessian_eigenvalue as top_hessian_eigenvalue
 
 # Imported when first used: optax and its friends cost a third of the start.
 _ROOMS = (
-    "checks", "data", "monitor", "optim", "precision", "recurrent", "store", "theory", "tree",
+    "checks", "data", "monitor", "nn", "optim", "precision", "recurrent", "store", "theory", "tree",
 )  # fmt: skip
 _NAMES = {
     "calibrate": "calibration",
@@ -64,6 +66,7 @@ _NAMES = {
     "Finding": "diagnosis",
     "Report": "diagnosis",
     "max_stable_learning_rate": "stability",
+    "top_hessian_eigenvalue": "stability",
 }
 
 

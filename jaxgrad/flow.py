@@ -277,7 +277,8 @@ def _measure(x: Array, slot: Array) -> tuple[Array, Array]:
 
 def _missing() -> float:
     """What stands for a statistic of what was not run: no one must take it for a measurement."""
-    return -1.0 if jax.config.jax_debug_nans else math.nan
+    stops = jax.config.jax_debug_nans  # pyright: ignore[reportAttributeAccessIssue]
+    return -1.0 if stops else math.nan
 
 
 def _blank_record(slot: Array) -> Array:

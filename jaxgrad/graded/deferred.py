@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,8 @@ class Plain:
 
         far = jnp.any(jnp.abs(shift) > _COMFORTABLE)
         same = self.matrix, self.power, self.noise
-        return Plain(*jax.lax.cond(far, rescale, lambda _: same, None), self.sound)
+        matrix, power, noise = jax.lax.cond(far, rescale, lambda _: same, None)
+        return Plain(matrix, power, noise, self.sound)
 
 
 def _in_range(matrix: Array) -> Array:
@@ -134,4 +136,9 @@ def _flatten(product: Deferred):
     return [getattr(product.settled, name) for name in _FACTORS], None
 
 
-jax.tree_util.register_pytree_node(Deferred, _flatten, lambda _, factors: Graded(*factors))
+def _unflatten(_: None, factors: Any) -> Any:
+    left, mantissa, exponent, right, evidence = factors
+    return Graded(left, mantissa, exponent, right, evidence)
+
+
+jax.tree_util.register_pytree_node(Deferred, _flatten, _unflatten)

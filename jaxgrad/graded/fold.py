@@ -2,17 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jaxgrad.graded.pivoting import Rows, with_batch_axis
-from jaxgrad.graded.product import Graded, Modes, pushed
-from jaxgrad.graded.spectrum import Evidence
+from jaxgrad.graded.product import Graded, Pending
 
 # The relative rounding error that one run may make: a fiftieth of what the certificate vouches for,
 # since it multiplies by ten, and errors of 25 runs add up to five times one.
@@ -83,7 +80,7 @@ def graded_products(
 class _Run:
     """Where the product stands, and what the runs so far have taught."""
 
-    modes: Modes
+    product: Graded
     position: Array
     length: Array  # of the next run
     growth: Array  # natural log of what one more layer in a run multiplies its rounding errors by
@@ -91,57 +88,33 @@ class _Run:
 
 def multiplied_by_stack(product: Graded, matrices: Float[Array, "length *batch n n"]) -> Graded:
     """`matrices[-1] @ ... @ matrices[0] @ product`, in runs as long as rounding allows."""
-    if matrices.shape[0] == 0:
+    total = matrices.shape[0]
+    if total == 0:
         return product
-    modes = Modes.of(product)
-    rows, columns, parts = _in_runs(modes.rows, modes.columns, _parts(modes.evidence), matrices)
-    return Modes(rows, columns, Evidence(*parts)).product()
-
-
-@custom_vmap
-def _in_runs(rows: Rows, columns, evidence: tuple, matrices) -> tuple:
-    """See `multiplied_by_stack`, for the parts of Modes."""
-    total, dtype = matrices.shape[0], matrices.dtype
-    eps, budget = float(jnp.finfo(dtype).eps), _BUDGET[dtype.name]
-    room = math.log(budget / eps)
+    room = math.log(_BUDGET[product.dtype.name] / float(jnp.finfo(product.dtype).eps))
 
     def advance(run: _Run) -> _Run:
         length = jnp.minimum(run.length, total - run.position)
 
-        def push(index, rows):
+        def push(index, pending):
             matrix = jax.lax.dynamic_index_in_dim(matrices, run.position + index, keepdims=False)
-            return pushed(rows, matrix)
+            return pending.pushed(matrix)
 
-        rows = jax.lax.fori_loop(0, length, push, run.modes.rows)
-        pending = replace(run.modes, rows=rows)
-        lq, nan, loss = pending.factors(repair=length == 1)
-        used = jnp.log(jnp.maximum(jnp.max(loss) / eps, 1))
+        pending = jax.lax.fori_loop(0, length, push, Pending.of(run.product))
+        product, loss = pending.settled(repair=length == 1)
+        used = jnp.log(jnp.maximum(jnp.max(loss) * math.exp(room) / _BUDGET[product.dtype.name], 1))
         accepted = (length == 1) | (used <= room)
-        modes = jax.lax.cond(accepted, lambda: pending.moved_into(lq, nan), lambda: run.modes)
         # Errors grow geometrically within a run. What was seen is forgotten slowly, lest a run
         # that is bound to fail be tried at every layer.
         growth = jnp.maximum(jnp.minimum(used, 2 * room) / length, 0.95 * run.growth)
         longest = jnp.clip(0.9 * room / jnp.maximum(growth, 1e-3), 1, _LONGEST_RUN)
         longest = jnp.minimum(longest.astype(jnp.int32), 2 * length)
         longest = jnp.where(accepted, longest, jnp.minimum(longest, jnp.maximum(length // 2, 1)))
-        return _Run(modes, run.position + jnp.where(accepted, length, 0), longest, growth)
+        product = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), product, run.product)
+        return _Run(product, run.position + jnp.where(accepted, length, 0), longest, growth)
 
-    modes = Modes(rows, columns, Evidence(*evidence))
-    start = _Run(modes, jnp.int32(0), jnp.int32(1), jnp.zeros((), dtype))
-    modes = jax.lax.while_loop(lambda run: run.position < total, advance, start).modes
-    return modes.rows, modes.columns, _parts(modes.evidence)
-
-
-def _parts(evidence: Evidence) -> tuple:
-    return evidence.peak, evidence.overtaken, evidence.mode, evidence.variance
-
-
-@_in_runs.def_vmap
-def _in_runs_of_batch(axis_size, in_batched, *arguments):
-    """The new axis becomes one more batch axis: all share the runs."""
-    *modes, matrices = with_batch_axis(axis_size, in_batched, arguments)
-    results = _in_runs(*modes, jnp.moveaxis(matrices, 0, 1))
-    return results, jax.tree.map(lambda _: True, results)
+    start = _Run(product, jnp.int32(0), jnp.int32(1), jnp.zeros((), product.dtype))
+    return jax.lax.while_loop(lambda run: run.position < total, advance, start).product
 
 
 def _product_of_list(matrices: Sequence) -> Graded:

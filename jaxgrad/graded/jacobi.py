@@ -1,8 +1,5 @@
 """One-sided Jacobi on a matrix with graded columns: singular values of any range.
 
-Columns whose scales lie far apart are orthogonal already after a few steps of LQ, so a sweep only
-visits pairs as far apart in the order as the farthest pair that is not: a band, for deep products.
-
 Relative accuracy for every singular value, as long as the columns are well-conditioned once their
 scales are taken out (J. Demmel, K. Veselic, "Jacobi's method is more accurate than QR", 1992). The
 scales never enter the arithmetic, only the ratio of two of them does.
@@ -37,21 +34,25 @@ def one_sided_jacobi(
         return mantissa, exponent
     poisoned = jnp.any(jnp.isnan(mantissa), axis=-1, keepdims=True)
     mantissa = jnp.where(poisoned, 0, mantissa)
+    if count % 2:
+        widths = [(0, 0)] * (mantissa.ndim - 1)
+        vectors = jnp.pad(vectors, [*widths, (0, 1), (0, 0)])
+        mantissa = jnp.pad(mantissa, [*widths, (0, 1)])
+        exponent = jnp.pad(exponent, [*widths, (0, 1)])
     state = _normalized(vectors, mantissa, exponent)
     tolerance = jnp.finfo(vectors.dtype).eps * jnp.sqrt(float(vectors.shape[-1]))
 
     def unfinished(carry):
-        _, band, sweep = carry
-        return (sweep < _MOST_SWEEPS) & (band > 0)
+        (rows, scales, _), sweep = carry
+        return (sweep < _MOST_SWEEPS) & (_largest_cosine(rows, scales) > tolerance)
 
-    def swept(carry):
-        columns, band, sweep = carry
-        columns = jax.lax.fori_loop(0, 2 * band, lambda k, c: _round(c, k, tolerance), columns)
-        return columns, _band(*columns[:2], tolerance), sweep + 1
+    def sweep(carry):
+        rows, index = carry
+        rounds = rows[0].shape[-2] - 1
+        return jax.lax.fori_loop(0, rounds, lambda _, s: _round(s, tolerance), rows), index + 1
 
-    start = state, _band(*state[:2], tolerance), jnp.int32(0)
-    (_, mantissa, exponent), _, _ = jax.lax.while_loop(unfinished, swept, start)
-    return jnp.where(poisoned, jnp.nan, mantissa), exponent
+    (_, mantissa, exponent), _ = jax.lax.while_loop(unfinished, sweep, (state, jnp.int32(0)))
+    return jnp.where(poisoned, jnp.nan, mantissa)[..., :count], exponent[..., :count]
 
 
 def _normalized(vectors, mantissa, exponent):
@@ -63,49 +64,72 @@ def _normalized(vectors, mantissa, exponent):
     return (vectors, *scale.split(mantissa * norms, exponent))
 
 
-def _band(vectors, mantissa, tolerance):
-    """The largest distance, in the order, of two columns that are not orthogonal."""
+def _largest_cosine(vectors, mantissa):
     gram = jnp.einsum("...im,...jm->...ij", vectors, vectors, precision="highest")
-    index = jnp.arange(vectors.shape[-2], dtype=jnp.int32)
-    distance = jnp.abs(index[:, None] - index)
-    coupled = (mantissa != 0)[..., None] & (jnp.abs(gram) > tolerance)
-    return jnp.max(jnp.where(coupled, distance, 0))
+    present = (mantissa != 0)[..., None] & ~jnp.eye(vectors.shape[-2], dtype=bool)
+    return jnp.max(jnp.where(present, jnp.abs(gram), 0))
 
 
-def _round(columns, number, tolerance):
-    """Rotates pairs of columns at one distance: half of all such pairs, no column in two of them.
+def _round(state, tolerance):
+    """Rotates the pairs (i, i + r/2), then moves all but the first, as in a round robin."""
+    vectors, mantissa, exponent = state
+    half = vectors.shape[-2] // 2
+    upper = vectors[..., :half, :], mantissa[..., :half], exponent[..., :half]
+    lower = vectors[..., half:, :], mantissa[..., half:], exponent[..., half:]
+    upper, lower = _rotated(upper, lower, tolerance)
+    return (
+        _moved(upper[0], lower[0], -2),
+        _moved(upper[1], lower[1], -1),
+        _moved(upper[2], lower[2], -1),
+    )
+
+
+def _moved(upper, lower, axis):
+    half = upper.shape[axis]
+    if half == 1:
+        return jnp.concatenate([upper, lower], axis)
+
+    def part(values, start, stop):
+        return jax.lax.slice_in_dim(values, start, stop, axis=axis)
+
+    return jnp.concatenate(
+        [
+            part(upper, 0, 1),
+            part(lower, 0, 1),
+            part(upper, 1, half - 1),
+            part(lower, 1, half),
+            part(upper, half - 1, half),
+        ],
+        axis,
+    )
+
+
+def _rotated(a, b, tolerance):
+    """Makes the columns a and b orthogonal, pair by pair.
 
     With `rho <= 1` the ratio of the scales and `c` the cosine, the tangent of the rotation is
     `rho * tau`, and only `tau` and `rho**2 * tau` meet the unit vectors.
     """
-    vectors, mantissa, exponent = columns
-    distance, phase = number // 2 + 1, number % 2
-    index = jnp.arange(vectors.shape[-2])
-    is_x = (index // distance + phase) % 2 == 0
-    partner = jnp.where(is_x, index + distance, index - distance)
-    paired = (partner >= 0) & (partner < vectors.shape[-2])
-    partner = jnp.where(paired, partner, index)
-    others = jnp.take(vectors, partner, axis=-2)
-    cosine = jnp.sum(vectors * others, axis=-1)
-    other = jnp.take(mantissa, partner, axis=-1), jnp.take(exponent, partner, axis=-1)
-    x_mantissa, y_mantissa = (jnp.where(is_x, *ab) for ab in _swaps(mantissa, other[0]))
-    x_exponent, y_exponent = (jnp.where(is_x, *ab) for ab in _swaps(exponent, other[1]))
-    active = (mantissa != 0) & (other[0] != 0) & paired & (jnp.abs(cosine) > tolerance)
-    ratio = y_mantissa / jnp.where(active, x_mantissa, 1)
+    (x, x_mantissa, x_exponent), (y, y_mantissa, y_exponent) = a, b
+    cosine = jnp.sum(x * y, axis=-1)
+    present = (x_mantissa != 0) & (y_mantissa != 0)
+    ratio = y_mantissa / jnp.where(present, x_mantissa, 1)
     ratio = scale.shifted(ratio, y_exponent - x_exponent)
     x_is_larger = ratio <= 1
     rho = jnp.where(x_is_larger, ratio, 1 / jnp.where(x_is_larger, 1, ratio))
+    active = present & (jnp.abs(cosine) > tolerance)
     gap = (1 - rho) * (1 + rho)
     root = jnp.sqrt(gap**2 + 4 * (rho * cosine) ** 2)
     tau = jnp.where(active, 2 * cosine / jnp.where(active, gap + root, 1), 0)
-    coefficient = jnp.where(x_is_larger == is_x, rho**2 * tau, -tau)
-    moved = vectors + coefficient[..., None] * others
     inverse_length = jax.lax.rsqrt(1 + (rho * tau) ** 2)
-    return _rescaled(moved, mantissa, exponent, inverse_length, active)
-
-
-def _swaps(own, other):
-    return (own, other), (other, own)
+    into_x = jnp.where(x_is_larger, rho**2 * tau, -tau)
+    into_y = jnp.where(x_is_larger, -tau, rho**2 * tau)
+    new_x = x + into_x[..., None] * y
+    new_y = y + into_y[..., None] * x
+    return (
+        _rescaled(new_x, x_mantissa, x_exponent, inverse_length, active),
+        _rescaled(new_y, y_mantissa, y_exponent, inverse_length, active),
+    )
 
 
 def _rescaled(vector, mantissa, exponent, factor, active):

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrad.graded import scale
-from jaxgrad.graded.pivoting import GradedLQ, Rows, graded_lq, permuted
+from jaxgrad.graded.pivoting import Columns, graded_qr, row_scales
 from jaxgrad.graded.spectrum import (
     TOLERANCE,
     Certificate,
@@ -26,8 +26,8 @@ from jaxgrad.graded.spectrum import (
     transposed,
 )
 
-# Entries of a layer up to these powers of two need no rescaling.
-_COMFORTABLE = 20
+# Compiled whole: one operation after the other would take many times as long.
+_spectrum_of = jax.jit(spectrum_of)
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +65,8 @@ class Graded:
         dtype = _supported(dtype)
         eye = jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*batch_shape, n, n))
         half = jnp.full((*batch_shape, n), 0.5, dtype)
-        evidence = Evidence.none(batch_shape, n, dtype)
+        zero = jnp.zeros((*batch_shape, n), dtype)
+        evidence = Evidence(jnp.zeros_like(eye), zero, zero)
         return Graded(eye, half, jnp.ones(half.shape, jnp.int32), eye, evidence)
 
     @staticmethod
@@ -98,8 +99,7 @@ class Graded:
         Args:
             matrix: (n, n_out) or (batch..., n, n_out).
         """
-        modes = Modes.of(self)
-        return replace(modes, rows=pushed(modes.rows, matrix)).settled()[0].product()
+        return Pending.of(self).pushed(matrix).settled()[0]
 
     def right_multiply(self, matrix: Float[ArrayLike, "..."]) -> "Graded":
         """`self @ matrix`: one more layer at the input end.
@@ -146,19 +146,19 @@ class Graded:
 
     def spectrum(self) -> Spectrum:
         """All min(n_out, n_in) singular values as pairs, descending, with their certificate."""
-        return spectrum_of(self)
+        return _spectrum_of(self)
 
     def log_singular_values(self) -> Float[Array, "*batch count"]:
         """Natural logarithms of all min(n_out, n_in) singular values, descending.
 
         -inf beyond the rank. `spectrum()` has the same as pairs, and the certificate with it.
         """
-        return spectrum_of(self).log()
+        return _spectrum_of(self).log()
 
     @property
     def certificate(self) -> Certificate:
         """How far each singular value can be trusted; computes the spectrum."""
-        return spectrum_of(self).certificate
+        return _spectrum_of(self).certificate
 
     @property
     def rank(self) -> Int[Array, "*batch"]:
@@ -170,7 +170,7 @@ class Graded:
         """Natural logarithm of the absolute determinant of a square product; 0 for size zero."""
         if self.shape[-1] != self.shape[-2]:
             raise ValueError(f"log_abs_det needs a square product, got the shape {self.shape}.")
-        spectrum = spectrum_of(self)
+        spectrum = _spectrum_of(self)
         if spectrum.mantissa.shape[-1] == 0:
             return jnp.zeros(self.shape[:-2], self.dtype)
         # Exponents add as integers; the mantissas, in [1/2, 1), cannot cancel.
@@ -192,118 +192,71 @@ class Graded:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Modes:
-    """A product as its modes: rows that the next layers multiply, and what they stand for.
+class Pending:
+    """A product that layers have been multiplied to without orthogonalizing again."""
 
-    Attributes:
-        rows: The transposed left factor with the scales of the modes; layers may be pending in it,
-            multiplied to it without orthogonalizing again.
-        columns: The transposed right factor.
-        evidence: As in `Graded`.
-    """
-
-    rows: Rows
-    columns: Float[Array, "*batch n_in r"]
+    columns: Columns
+    right: Float[Array, "*batch r n_in"]
     evidence: Evidence
 
     @staticmethod
-    def of(product: Graded) -> "Modes":
+    def of(product: Graded) -> "Pending":
         """Nothing is pending."""
-        rows = Rows.exact(transposed(product.left), product.mantissa, product.exponent)
-        return Modes(rows, transposed(product.right), product.evidence)
+        noise = jnp.zeros_like(product.mantissa)
+        rows = row_scales(product.left)
+        columns = Columns(product.left, product.mantissa, product.exponent, rows, noise)
+        return Pending(columns, product.right, product.evidence)
 
-    def product(self) -> Graded:
-        """The product, if nothing is pending."""
-        rows = self.rows
-        left, right = transposed(rows.values), transposed(self.columns)
-        return Graded(left, rows.mantissa, rows.exponent, right, self.evidence)
+    def pushed(self, matrix: Float[ArrayLike, "..."]) -> "Pending":
+        """One more layer, as a plain product."""
+        matrix = jnp.asarray(matrix)
+        old = self.columns
+        batch, height = old.values.shape[:-2], old.values.shape[-2]
+        if matrix.ndim < 2 or matrix.shape[-1] != height or not _fits(matrix.shape[:-2], batch):
+            raise ValueError(
+                f"a layer Jacobian of shape (batch..., n, {height}) with the batch axes {batch} is "
+                f"needed, or one without batch axes; got the shape {matrix.shape}."
+            )
+        matrix = jnp.broadcast_to(matrix.astype(old.values.dtype), (*batch, *matrix.shape[-2:]))
+        finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1))
+        matrix = jnp.where(finite[..., None, None], matrix, 0)
+        shift = scale.largest_exponent(matrix)
+        matrix = scale.shifted(matrix, -shift[..., None, None])
+        values = jnp.matmul(matrix, old.values, precision="highest")
+        inner = jnp.sum(matrix**2, axis=-2)
+        fresh = jnp.einsum("...j,...jk->...k", inner, old.values**2)
+        # Isotropic noise grows by the root mean square singular value.
+        gain = jnp.sum(inner, axis=-1, keepdims=True) / max(height, 1)
+        mantissa = jnp.where(finite[..., None], old.mantissa, jnp.nan)
+        noise = jnp.sqrt(gain * old.noise**2 + fresh)
+        columns = Columns(
+            values, mantissa, old.exponent + shift[..., None], row_scales(matrix), noise
+        )
+        return replace(self, columns=columns)
 
     def settled(
         self, repair: bool | Bool[Array, ""] = True
-    ) -> tuple["Modes", Float[Array, "*batch"]]:
+    ) -> tuple[Graded, Float[Array, "*batch"]]:
         """Moves what the pending layers did into the scales.
 
         Args:
-            repair: Whether a wrong order of the rows is mended, by a slow path. Without it the
-                product is left as it was, and its loss is inf.
+            repair: Whether a wrong order of the columns is mended, by a slow path. Without it the
+                loss of such a product is inf.
 
         Returns:
-            The modes, and the largest relative rounding error that the pending layers made: inf
+            The product, and the largest relative rounding error that the pending layers made: inf
             when a mode fell below rounding.
         """
-        lq, nan, loss = self.factors(repair)
-        return self.moved_into(lq, nan), loss
-
-    def factors(self, repair: bool | Bool[Array, ""]) -> tuple[GradedLQ, Array, Array]:
-        """The LQ of the rows, where they are NaN, and the loss."""
-        nan = jnp.isnan(self.rows.mantissa)
-        lq = graded_lq(self.rows._replace(mantissa=jnp.where(nan, 0.5, self.rows.mantissa)), repair)
-        lost = lq.wrong | jnp.any(lq.died, axis=-1)
-        loss = jnp.where(lost, jnp.inf, jnp.max(lq.error, axis=-1, initial=0))
-        return lq, nan, jnp.where(jnp.any(nan, axis=-1), 0, loss)  # of NaN nothing can be lost
-
-    def moved_into(self, lq: GradedLQ, nan: Array) -> "Modes":
-        """The modes that an LQ of the rows makes."""
-        mantissa, exponent, evidence = after(lq, nan, self.evidence)
-        weights, noise = jnp.zeros_like(self.rows.weights), jnp.zeros_like(mantissa)
-        rows = Rows(lq.vectors, mantissa, exponent, weights, noise)
-        # The columns stay where they are, and the triangular factor takes back the order.
-        unit = jax.lax.cond(
-            jnp.any(lq.moved),
-            lambda: permuted(lq.unit, lq.inverse, -2),
-            lambda: lq.unit,
-        )
-        return Modes(rows, jnp.matmul(self.columns, unit, precision="highest"), evidence)
-
-
-def pushed(rows: Rows, matrix: Float[ArrayLike, "..."]) -> Rows:
-    """One more layer, as a plain product.
-
-    Args:
-        rows: The transposed left factor.
-        matrix: (n, n_out) or (batch..., n, n_out).
-    """
-    matrix = jnp.asarray(matrix)
-    batch, width = rows.values.shape[:-2], rows.values.shape[-1]
-    if matrix.ndim < 2 or matrix.shape[-1] != width or matrix.shape[:-2] not in ((), batch):
-        raise ValueError(
-            f"a layer Jacobian of shape (batch..., n, {width}) with the batch axes {batch} is "
-            f"needed, or one without batch axes; got the shape {matrix.shape}."
-        )
-    matrix, shift, finite = _in_comfortable_range(matrix.astype(rows.values.dtype))
-    values = jnp.matmul(rows.values, transposed(matrix), precision="highest")
-    inner, squares = jnp.sum(matrix**2, axis=-2), jnp.sum(matrix**2, axis=-1)
-    # The barrier keeps the compiler from summing all of the matrix again wherever these are summed.
-    inner, squares = jax.lax.optimization_barrier((inner, squares))
-    fresh = jnp.sum(rows.values**2 * inner[..., None, :], axis=-1)
-    # Isotropic noise grows by the root mean square singular value.
-    total = jnp.sum(inner, axis=-1, keepdims=True)
-    gain = total / max(width, 1)
-    weights = jnp.sqrt(squares / jnp.where(total == 0, 1, total))
-    return Rows(
-        values=values,
-        mantissa=jnp.where(finite[..., None], rows.mantissa, jnp.nan),
-        exponent=rows.exponent + shift[..., None],
-        weights=jnp.broadcast_to(weights, (*batch, weights.shape[-1])),
-        noise=jnp.sqrt(gain * rows.noise**2 + fresh),
-    )
-
-
-def _in_comfortable_range(matrix):
-    """Entries of order one, the exponent that they lack, and where they are finite.
-
-    A factor that is not finite becomes zero.
-    """
-    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), initial=0)  # NaN, where there is one
-    finite = jnp.isfinite(largest)
-    shift = jnp.frexp(jnp.where(finite, largest, 1))[1].astype(jnp.int32)
-
-    def rescaled():
-        cleaned = jnp.where(finite[..., None, None], matrix, 0)
-        return scale.shifted(cleaned, -shift[..., None, None]), shift
-
-    far = jnp.any(jnp.abs(shift) > _COMFORTABLE) | ~jnp.all(finite)
-    return *jax.lax.cond(far, rescaled, lambda: (matrix, jnp.zeros_like(shift))), finite
+        nan = jnp.isnan(self.columns.mantissa)
+        columns = self.columns._replace(mantissa=jnp.where(nan, 0.5, self.columns.mantissa))
+        qr = graded_qr(columns, repair)
+        mantissa, exponent, evidence = after(qr, nan, self.evidence)
+        right = jnp.take_along_axis(self.right, qr.order[..., None], axis=-2)
+        right = jnp.matmul(qr.unit, right, precision="highest")
+        lost = qr.wrong | jnp.any(qr.died, axis=-1)
+        loss = jnp.where(lost, jnp.inf, jnp.max(qr.error, axis=-1, initial=0))
+        loss = jnp.where(jnp.any(nan, axis=-1), 0, loss)  # nothing is left to lose
+        return Graded(qr.left, mantissa, exponent, right, evidence), loss
 
 
 def _left_multiplied_by_scales(product: Graded, mantissa, exponent) -> Graded:
@@ -330,3 +283,7 @@ def _supported(dtype):
     if dtype.name not in TOLERANCE:
         raise TypeError(f"a graded product is kept in float32 or float64, not in {dtype.name}.")
     return dtype
+
+
+def _fits(shape, batch) -> bool:
+    return shape in ((), batch)

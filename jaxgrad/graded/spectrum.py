@@ -1,7 +1,7 @@
 """Singular values of a graded product, and how far they can be trusted."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrad.graded import scale
 from jaxgrad.graded.jacobi import one_sided_jacobi
-from jaxgrad.graded.pivoting import GradedLQ, Rows, graded_lq, permuted
+from jaxgrad.graded.pivoting import Columns, GradedQR, graded_qr, row_scales
 
 # The accuracy that the certificate vouches for, in nats.
 TOLERANCE = {"float32": 1e-3, "float64": 1e-10}
-# Alternating LQ steps before Jacobi; each one moves the factor closer to the diagonal.
-_LQ_PASSES = 5
+# Alternating QR steps before Jacobi; each one moves the factor closer to the diagonal.
+_QR_PASSES = 4
 # Errors in units of the estimated standard deviation: over ill-conditioned chains of both dtypes
 # the largest ratio seen was 9, in a mode that shares the error of a weaker one.
 _ERRORS_AT_MOST = 10.0
@@ -26,17 +26,9 @@ _LN2 = 0.6931471805599453
 class Evidence:
     """What the certificate is made of, for the r modes of a product. Logarithms are to base 2."""
 
-    peak: Float[Array, "*batch p p"]  # how far the mode at place i has ever led that at place j
-    overtaken: Float[Array, "*batch p"]  # the largest lead lost again, over all partners
-    mode: Int[Array, "*batch p"]  # at every place: places stay when modes change their order
+    peak: Float[Array, "*batch r r"]  # how far mode i has ever led mode j
+    overtaken: Float[Array, "*batch r"]  # the largest lead lost again, over all partners of a mode
     variance: Float[Array, "*batch r"]  # squared relative rounding errors, summed over the layers
-
-    @staticmethod
-    def none(batch: tuple[int, ...], count: int, dtype) -> "Evidence":
-        """Nothing has happened yet."""
-        zero = jnp.zeros((*batch, count), dtype)
-        mode = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), zero.shape)
-        return Evidence(jnp.zeros((*zero.shape, count), dtype), zero, mode, zero)
 
 
 @jax.tree_util.register_dataclass
@@ -78,26 +70,25 @@ def spectrum_of(product) -> Spectrum:
     count = min(product.shape[-2:])
     state = product.mantissa, product.exponent, product.evidence
     # left diag(d) right: first the left factor becomes orthonormal, then the right one; what is
-    # left is triangular, and every further LQ of its transpose moves it closer to the diagonal.
-    lq, state = _settled(transposed(product.left), *state)
-    right = permuted(product.right, lq.order, -2)
-    factor = jnp.matmul(transposed(lq.unit), right, precision="highest")
-    while factor.shape[-2] != factor.shape[-1]:  # at most twice
-        lq, state = _settled(factor, *state)
-        factor = transposed(lq.unit)
+    # left is triangular, and every further QR of its transpose moves it closer to the diagonal.
+    qr, state = _settled(product.left, *state)
+    factor = jnp.take_along_axis(product.right, qr.order[..., None], axis=-2)
+    factor = jnp.matmul(qr.unit, factor, precision="highest")
+    qr, state = _settled(transposed(factor), *state)
 
     def again(_, carry):
-        factor, *state = carry
-        lq, state = _settled(factor, *state)
-        return transposed(lq.unit), *state
+        unit, *state = carry
+        qr, state = _settled(transposed(unit), *state)
+        return qr.unit, *state
 
-    factor, *state = jax.lax.fori_loop(0, _LQ_PASSES, again, (factor, *state))
+    if qr.unit.shape[-2] < qr.unit.shape[-1]:  # fewer inputs than modes: one more makes it square
+        qr, state = _settled(transposed(qr.unit), *state)
+    factor, *state = jax.lax.fori_loop(0, _QR_PASSES, again, (qr.unit, *state))
     mantissa, exponent, evidence = state
     mantissa, exponent = _singular_values(factor, mantissa, exponent)
     eps = jnp.finfo(mantissa.dtype).eps
     # A lead of 2**lost that was lost again has magnified one rounding by as much.
-    overtaken = permuted(evidence.overtaken, jnp.argsort(evidence.mode, axis=-1), -1)
-    error = jnp.sqrt(evidence.variance) + eps * jnp.exp2(jnp.minimum(overtaken, 100.0))
+    error = jnp.sqrt(evidence.variance) + eps * jnp.exp2(jnp.minimum(evidence.overtaken, 100.0))
     error = _ERRORS_AT_MOST * error
     mantissa, exponent, error = _descending(mantissa, exponent, error, count)
     overtaken = jnp.max(evidence.overtaken, axis=-1, initial=0) * _LN2
@@ -121,11 +112,7 @@ def _singular_values(factor, mantissa, exponent) -> tuple:
     poisoned = jnp.any(jnp.isnan(mantissa), axis=-1)
     dense = (narrow & ~poisoned)[..., None]
     sizes = jnp.where(dense, scale.shifted(mantissa, exponent - top[..., None]), 0)
-    values = jax.lax.cond(
-        jnp.any(dense),
-        lambda: jnp.linalg.svd(factor * sizes[..., None], compute_uv=False),
-        lambda: jnp.zeros_like(sizes),
-    )
+    values = jnp.linalg.svd(factor * sizes[..., None], compute_uv=False)
     rank = jnp.sum(present, axis=-1, keepdims=True)
     values = jnp.where(jnp.arange(values.shape[-1]) < rank, values, 0)
     by_svd = scale.split(values, top[..., None])
@@ -133,17 +120,18 @@ def _singular_values(factor, mantissa, exponent) -> tuple:
     return tuple(jnp.where(dense, a, b) for a, b in zip(by_svd, by_jacobi, strict=True))
 
 
-def _settled(values, mantissa, exponent, evidence) -> tuple[GradedLQ, tuple]:
+def _settled(values, mantissa, exponent, evidence) -> tuple[GradedQR, tuple]:
     nan = jnp.isnan(mantissa)
-    rows = Rows.exact(values, jnp.where(nan, 0.5, mantissa), exponent)
-    lq = graded_lq(rows, orthonormal=True)
-    return lq, after(lq, nan, evidence)
+    noise = jnp.zeros_like(mantissa)
+    columns = Columns(values, jnp.where(nan, 0.5, mantissa), exponent, row_scales(values), noise)
+    qr = graded_qr(columns)
+    return qr, after(qr, nan, evidence)
 
 
-def after(lq: GradedLQ, nan, evidence: Evidence) -> tuple:
+def after(qr: GradedQR, nan, evidence: Evidence) -> tuple:
     """Mantissas, exponents and evidence of the modes, with NaN put back."""
-    mantissa = jnp.where(nan[..., : lq.mantissa.shape[-1]], jnp.nan, lq.mantissa)
-    return mantissa, lq.exponent, updated(evidence, lq)
+    mantissa = jnp.where(nan[..., : qr.mantissa.shape[-1]], jnp.nan, qr.mantissa)
+    return mantissa, qr.exponent, updated(evidence, qr)
 
 
 def _descending(mantissa, exponent, error, count):
@@ -159,39 +147,28 @@ def _descending(mantissa, exponent, error, count):
     return jnp.where(nan, jnp.nan, -negative), exponent, jnp.where(nan, jnp.inf, error)
 
 
-def updated(evidence: Evidence, lq: GradedLQ) -> Evidence:
+def updated(evidence: Evidence, qr: GradedQR) -> Evidence:
     """The evidence after one more orthogonalization."""
-    evidence = _of_modes(evidence, lq)
-    # Vectors are brought to the order of the places: that is cheaper than to move the matrix.
-    present = permuted(lq.mantissa != 0, evidence.mode, -1)
-    level = scale.log2_of(jnp.where(lq.mantissa == 0, 1, lq.mantissa), lq.exponent)
-    level = permuted(level, evidence.mode, -1)
+    count = qr.mantissa.shape[-1]
+    order = qr.order[..., :count]
+    peak = jnp.take_along_axis(evidence.peak, order[..., None], axis=-2)
+    peak = jnp.take_along_axis(peak, order[..., None, :], axis=-1)
+    overtaken = jnp.take_along_axis(evidence.overtaken, order, axis=-1)
+    variance = jnp.take_along_axis(evidence.variance, order, axis=-1)
+    present = qr.mantissa != 0
+    level = scale.log2_of(jnp.where(present, qr.mantissa, 1), qr.exponent)
     lead = level[..., None] - level[..., None, :]
     pairs = present[..., None] & present[..., None, :]
     # An error that the leading mode i leaves in mode j matters as much as the lead that is gone,
     # and no more than the lead that there was: diag(d) with one entry beside it has the singular
     # values d up to (entry / max(d))**2.
-    lost = jnp.where(pairs, evidence.peak - jnp.maximum(lead, 0), 0)
+    lost = jnp.where(pairs, peak - jnp.maximum(lead, 0), 0)
     lost = jnp.maximum(jnp.max(lost, axis=-1, initial=0), jnp.max(lost, axis=-2, initial=0))
     return Evidence(
-        jnp.where(pairs, jnp.maximum(evidence.peak, lead), 0),
-        jnp.maximum(evidence.overtaken, lost),
-        evidence.mode,
-        evidence.variance + lq.error**2,
+        jnp.where(pairs, jnp.maximum(peak, lead), 0),
+        jnp.maximum(overtaken, lost),
+        variance + qr.error**2,
     )
-
-
-def _of_modes(evidence: Evidence, lq: GradedLQ) -> Evidence:
-    """Of the modes that remain, in their new order."""
-    order = lq.order[..., : lq.mantissa.shape[-1]]
-    variance = permuted(evidence.variance, order, -1)
-    if order.shape[-1] == evidence.mode.shape[-1]:
-        mode = permuted(lq.inverse, evidence.mode, -1).astype(jnp.int32)
-        return replace(evidence, mode=mode, variance=variance)
-    place = permuted(jnp.argsort(evidence.mode, axis=-1), order, -1)
-    peak = permuted(permuted(evidence.peak, place, -2), place[..., None, :], -1)
-    mode = Evidence.none(order.shape[:-1], order.shape[-1], variance.dtype).mode
-    return Evidence(peak, permuted(evidence.overtaken, place, -1), mode, variance)
 
 
 def transposed(matrix):

@@ -1,6 +1,8 @@
 """Follow the parameters through a program: into calls, branches and loops, and out of them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, value_inputs, walk
 from jaxgrad.graph.roles import (
@@ -114,6 +116,7 @@ def _enter(op: Op, inner: Block, roles: Roles) -> None:
             roles.fed.add(value)
         if not known or i in carried:
             continue
+        tables: tuple[Any, ...]
         tables = (roles.owners,) if op.kind == "scan" else (roles.owners, roles.views, roles.scaled)
         for table in tables:
             if ref in table:
@@ -128,6 +131,7 @@ def _leave(op: Op, inner: Block, roles: Roles, loop_keeps: bool) -> None:
     if op.kind not in ("jit", "remat") and not loop_keeps:
         return
     count = op.num_carry if loop_keeps else len(op.outputs)
+    tables: tuple[Any, ...]
     tables = (roles.owners,) if loop_keeps else (roles.owners, roles.views, roles.scaled)
     sets = (roles.gradients,) if loop_keeps else (roles.neutral, roles.penalties, roles.gradients)
     for outer, ref in zip(op.outputs[:count], inner.outputs[:count], strict=True):
@@ -149,7 +153,7 @@ def _kept_by_the_loop(op: Op, roles: Roles) -> dict[str, dict[Value, Names] | se
     """
     inner, first = op.blocks[0], op.num_consts
     places = range(op.num_carry)
-    begins = [op.inputs[first + i] for i in places]
+    begins: list[Any] = [op.inputs[first + i] for i in places]
     held = {i for i in places if begins[i] in roles.owners}
     if held:
         roles.begins[op] = frozenset().union(*(roles.owners[begins[i]] for i in held))
@@ -167,9 +171,10 @@ def _kept_by_the_loop(op: Op, roles: Roles) -> dict[str, dict[Value, Names] | se
         trial.owners |= owners
         trial.gradients |= gradients
         _follow(inner, trial)
-        ends = inner.outputs
+        ends: Sequence[Any] = inner.outputs
+        no_one: Names = frozenset()
         wrong = {
-            i for i in held if not roles.owners[begins[i]] <= trial.owners.get(ends[i], frozenset())
+            i for i in held if not roles.owners[begins[i]] <= trial.owners.get(ends[i], no_one)
         }
         changed = {
             i for i in state if ends[i] not in trial.gradients and ends[i] not in trial.neutral

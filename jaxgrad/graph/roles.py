@@ -11,6 +11,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxgrad.graph.ir import Block, Op, Table, Value, value_inputs
 from jaxgrad.graph.paths import Path, module_of
@@ -115,7 +116,7 @@ def kernels_module(op: Op, readers: "Readers", roles: Roles) -> Path | None:
     if not product or op.derivative == "backward" or not roles.shape(op.outputs[0]):
         return None
     modules = [{module_of(name) for name in roles.owners[v]} for v in inputs]
-    leaves = [roles.views.get(v) for v in inputs]
+    leaves: list[Any] = [roles.views.get(v) for v in inputs]
     depths = [len(module_of(name)) if _in_a_module(name) else 0 for name in leaves]
     if modules[0] & modules[1] or not any(depths):
         return None
@@ -132,7 +133,7 @@ def scaled_modules(op: Op, roles: Roles, names: Names = frozenset()) -> tuple[Sc
     if op.name not in ("mul", *_SUMS) or len(inputs) != 2 or not names:
         return before
     rank = len(roles.shape(op.outputs[0]))
-    leaves = [roles.views.get(v) for v in inputs]
+    leaves: list[Any] = [roles.views.get(v) for v in inputs]
     vectors = [
         k for k, n in enumerate(leaves) if _in_a_module(n) and 0 < len(roles.shapes[n]) < rank
     ]

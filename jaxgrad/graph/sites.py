@@ -264,7 +264,7 @@ def _inside(
         path = _scan_path(op, inner, labels)
         scans = (*scans, (len(place.order), path, op.length, bool(op.eqn.params["reverse"])))
     pairs = zip(op.outputs, inner.outputs, strict=True) if op.derivative else ()
-    unread = frozenset(ref for v, ref in pairs if v not in readers)
+    unread: frozenset[Any] = frozenset(ref for v, ref in pairs if v not in readers)
     return _Place((*place.order, i), scans, labels.path.get(op), op.num_carry, unread)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from jaxgrad.graph.ir import Block, Lit, Op, Value, value_inputs, walk
 from jaxgrad.graph.names import Labels
@@ -204,7 +205,7 @@ class Branches:
 
     def _is_residual(self, op: Op, value: Value) -> bool:
         shape = self.shape(value)
-        others = [ref for ref in op.inputs if isinstance(ref, Lit) or ref != value]
+        others: list[Any] = [ref for ref in op.inputs if isinstance(ref, Lit) or ref != value]
         if op in self.labels.by_scope or len(others) != 1 or isinstance(others[0], Lit):
             return False
         (skip,) = others

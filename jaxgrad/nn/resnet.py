@@ -171,7 +171,8 @@ def _forward(
         h = conv(params["embed"], h)
 
     def one(both: PyTree, h: Array) -> tuple[Array, PyTree]:
-        return block(*both, h, config, running)
+        weights, averages = both
+        return block(weights, averages, h, config, running)
 
     averages = []
     for k, (stage, before) in enumerate(zip(params["stages"], state["stages"], strict=True)):
