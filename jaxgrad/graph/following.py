@@ -1,8 +1,7 @@
 """Follow the parameters through a program: into calls, branches and loops, and out of them."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, value_inputs, walk
 from jaxgrad.graph.roles import (
@@ -171,10 +170,9 @@ def _kept_by_the_loop(op: Op, roles: Roles) -> dict[str, dict[Value, Names] | se
         trial.owners |= owners
         trial.gradients |= gradients
         _follow(inner, trial)
-        ends: Sequence[Any] = inner.outputs
-        no_one: Names = frozenset()
+        ends = cast("list[Any]", inner.outputs)
         wrong = {
-            i for i in held if not roles.owners[begins[i]] <= trial.owners.get(ends[i], no_one)
+            i for i in held if not roles.owners[begins[i]] <= trial.owners.get(ends[i], frozenset())
         }
         changed = {
             i for i in state if ends[i] not in trial.gradients and ends[i] not in trial.neutral
