@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -109,6 +110,8 @@ class _Passes:
                 *(jnp.where(squares < jnp.inf, s, jnp.nan) for s in scales),
             ]
 
+        if _varies_over_devices(self.squares):
+            return always(self.wide, self.squares)
         # elsewhere the count costs nothing beside the other sums, and a branch waits for the host
         return lax.platform_dependent(self.wide, self.squares, cpu=rarely, default=always)
 
@@ -326,7 +329,16 @@ def _large(leaves: list[Array], count: bool) -> tuple[Array, Array]:
         counts = [_count_in_slices(p).astype(jnp.int32) for p in passes if count]
         return roots, jnp.stack(counts) if count else jnp.zeros(len(sizes), jnp.int32)
 
+    if _varies_over_devices(squares):
+        return careful(leaves, squares)
     return lax.cond(safe, quick, careful, leaves, squares)
+
+
+def _varies_over_devices(x: Array) -> bool:
+    """Whether `x` is one device's part of a `shard_map`, where constants are of another type."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # `vma` in older versions
+    return bool(getattr(kind, "vma", None) or getattr(manual, "varying", None))
 
 
 def _inverse_square(tiny: float, dtype: Any) -> Array:

@@ -142,3 +142,18 @@ def test_no_statistic_of_a_finite_tensor_makes_a_nan_on_its_way():
 def test_ones_beyond_what_a_float32_counts_are_all_counted():
     x = jnp.ones((2**13, 2**12), jnp.bfloat16).at[5].set(0)
     assert float(S.zero_share(x)) == 2.0**-13
+
+
+def test_tensors_of_one_device_are_measured_inside_shard_map():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
+    spec = jax.sharding.PartitionSpec("d")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8000)), jnp.float32)
+
+    def measured(x):
+        roots, counts = S.leaf_statistics([x, x[0]])
+        return jnp.stack([*(f(x) for f in STATISTICS), *roots, *counts])[None]
+
+    found = jax.jit(jax.shard_map(measured, mesh=mesh, in_specs=spec, out_specs=spec))(x)
+    roots, counts = S.leaf_statistics([x, x[0]])
+    want = np.array([*(f(x) for f in STATISTICS), *roots, *counts])
+    np.testing.assert_allclose(found[0], want, rtol=1e-6)
