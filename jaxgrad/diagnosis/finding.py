@@ -150,13 +150,14 @@ class Report:
         for finding in self.findings:
             if finding.is_alarm:
                 guilty |= {finding.where, *map(str, finding.evidence.get("layers", ()))}
+        labels = ("activation RMS", "gradient RMS", "zero share", "weight grad")
         keys = ("activation_rms", "gradient_rms", "zero_share", "weight_gradient_rms")
-        head = f"  {'layer':<40}" + "".join(f"{key:>15}"[-15:] for key in keys)
+        head = f"  {'layer':<38}" + "".join(f"{label:>15}" for label in labels)
         lines = [head, "-" * _WIDTH]
         for row in self.rows:
             mark = ">" if row["name"] in guilty or guilty & set(row.get("parameters", ())) else " "
             cells = "".join(f"{_number(row.get(key)):>15}" for key in keys)
-            lines.append(f"{mark} {row['name'][:40]:<40}{cells}")
+            lines.append(f"{mark} {row['name'][:38]:<38}{cells}")
         return "\n".join(lines)
 
 
