@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import jaxgrad as jg
 from jaxgrad import nn
@@ -224,7 +223,8 @@ def test_a_pre_ln_transformer_block_is_two_identities_plus_branches(x64):
 
     expected = (np.eye(40) + dense(feed_forward, h + mix(h))) @ (np.eye(40) + dense(mix, h))
     jacobian = dense(lambda h: transformer.block(params, h, config), h)
-    np.testing.assert_allclose(jacobian, expected, rtol=0, atol=1e-13)
+    # JAX's attention sums its logits in float32, whatever it is given
+    np.testing.assert_allclose(jacobian, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
@@ -292,11 +292,12 @@ def test_with_qk_norm_attention_ignores_the_scale_of_queries_and_keys():
 
 @pytest.mark.parametrize(
     ("cell", "make"),
-    [("vanilla", torch.nn.RNN), ("gru", torch.nn.GRU), ("lstm", torch.nn.LSTM)],
+    [("vanilla", "RNN"), ("gru", "GRU"), ("lstm", "LSTM")],
 )
 def test_a_cell_with_the_weights_of_torch_is_that_of_torch(cell, make, x64):
+    torch = pytest.importorskip("torch", reason="torch (the extra 'peers') is not installed")
     torch.manual_seed(0)
-    theirs = make(5, 8, dtype=torch.float64)
+    theirs = getattr(torch.nn, make)(5, 8, dtype=torch.float64)
     config = recurrent.Config(5, 3, width=8, cell=cell)
 
     def leaf(name):

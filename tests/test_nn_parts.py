@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 from flax import linen
 
 from jaxgrad import nn, theory
+
+torch = pytest.importorskip("torch", reason="torch (the extra 'peers') is not installed")
 
 KEY = jax.random.key(0)
 
