@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxgrad.optim.accumulating import _chain_parts, _closure
-from jaxgrad.optim.reading import flattened, read_steps
+from jaxgrad.optim.reading import chain_parts, flattened, read_steps
+from jaxgrad.statistics import leaf_statistics
 from jaxgrad.tree import global_norm, inexact_leaves
 
 
@@ -98,9 +98,8 @@ def watch(tx: Any, every: int = 1) -> optax.GradientTransformationExtraArgs:
 
 def leading_clips(tx: Any) -> list[Any]:
     """The clips that stand first in a chain, as far as its closures show them."""
-    parts = _chain_parts(_closure(tx.init) | _closure(tx.update))
     clips = []
-    for part in parts:
+    for part in chain_parts(tx):
         steps = flattened(read_steps(part))
         if not steps or any(step.kind != "clip" for step in steps):
             break
@@ -122,7 +121,7 @@ def _figures(grads: PyTree, clipped: PyTree, updates: PyTree, params: PyTree) ->
         jnp.vdot(g.astype(jnp.float32) / safe[0], u.astype(jnp.float32) / safe[1]).real
         for g, u in pairs
     )
-    bad = sum(jnp.sum(~jnp.isfinite(g)) for g in inexact_leaves(grads))
+    bad = jnp.sum(leaf_statistics(inexact_leaves(grads))[1])
     weight = _norm(params) if params is not None else jnp.zeros((), jnp.float32)
     single = [
         jnp.asarray(x, jnp.float32) for x in (raw, _norm(clipped), update, weight, -inner, bad)

@@ -1,6 +1,5 @@
 """Judging an accumulation: does it do what one big batch would have done?"""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from jaxgrad.optim.reading import chain_parts, closure, is_transformation
 from jaxgrad.tree import count_parameters, inexact_leaves, is_inexact_array, map_inexact
 
 # Sums of float32 in another order, through a rule and back.
@@ -31,23 +31,6 @@ class Accumulation(NamedTuple):
     error: float
 
 
-def _closure(f: Any) -> dict[str, Any]:
-    f = inspect.unwrap(getattr(f, "__func__", f))  # runtime type checkers wrap functions
-    cells = getattr(f, "__closure__", None) or ()
-    names = getattr(getattr(f, "__code__", None), "co_freevars", ())
-    known = {}
-    for name, cell in zip(names, cells, strict=False):
-        try:
-            known[name] = cell.cell_contents
-        except ValueError:
-            continue
-    return known
-
-
-def _is_transformation(thing: Any) -> bool:
-    return callable(getattr(thing, "init", None)) and callable(getattr(thing, "update", None))
-
-
 def without_accumulation(tx: Any, params: PyTree, depth: int = 0) -> Any | None:
     """The transformation that an accumulator feeds, read from closures; through chains too.
 
@@ -61,8 +44,8 @@ def without_accumulation(tx: Any, params: PyTree, depth: int = 0) -> Any | None:
     """
     update = tx.update
     holder = getattr(update, "__self__", None)
-    held = {**_closure(update), **(vars(holder) if hasattr(holder, "__dict__") else {})}
-    parts = _chain_parts(held)
+    held = {**closure(update), **(vars(holder) if hasattr(holder, "__dict__") else {})}
+    parts = chain_parts(tx)
     if parts:
         inner = [without_accumulation(part, params, depth + 1) for part in parts]
         if all(part is None for part in inner):
@@ -70,26 +53,16 @@ def without_accumulation(tx: Any, params: PyTree, depth: int = 0) -> Any | None:
         return optax.chain(*(new or old for new, old in zip(inner, parts, strict=True)))
     outer = jax.tree.structure(tx.init(params))
     for thing in held.values():
-        if _is_transformation(thing) and thing is not holder:
+        if is_transformation(thing) and thing is not holder:
             if jax.tree.structure(thing.init(params)) != outer:
                 return thing
             if depth < 8:  # a wrapper that adds nothing to the state
                 return without_accumulation(thing, params, depth + 1)
     functions = [f for f in held.values() if callable(f) and hasattr(f, "__self__")]
     for f in functions:  # MultiSteps.gradient_transformation() holds bound methods
-        if _is_transformation(f.__self__) and f.__self__ is not tx and depth < 8:
+        if is_transformation(f.__self__) and f.__self__ is not tx and depth < 8:
             return without_accumulation(f.__self__, params, depth + 1)
     return None
-
-
-def _chain_parts(held: dict[str, Any]) -> list[Any]:
-    if "init_fns" in held and "update_fns" in held:
-        pairs = zip(held["init_fns"], held["update_fns"], strict=True)
-        return [optax.GradientTransformationExtraArgs(*pair) for pair in pairs]
-    parts = held.get("parts")
-    if isinstance(parts, list) and all(_is_transformation(part) for part in parts):
-        return parts
-    return []
 
 
 def _distance(a: PyTree, b: PyTree) -> float:
@@ -262,8 +235,8 @@ def _state_distance(outer: Any, inner: Any) -> float:
 
 def _weight_name(tx: Any) -> str | None:
     """The extra argument through which jaxgrad's accumulate takes weights."""
-    reader = _closure(tx.update).get("weight_of")
-    name = _closure(reader).get("weights") if reader is not None else None
+    reader = closure(tx.update).get("weight_of")
+    name = closure(reader).get("weights") if reader is not None else None
     return name if isinstance(name, str) else None
 
 

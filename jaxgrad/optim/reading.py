@@ -13,6 +13,8 @@ import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import optax
+
 # Rules that clip their own update by design.
 _INTENTIONAL = ("adafactor", "scale_by_factored_rms", "scale_by_adopt", "scale_by_sophia")
 # Steps that keep something of the gradients between calls.
@@ -96,6 +98,48 @@ def _own_step(thing: Any) -> Step | None:
 
 def _is_transformation(thing: Any) -> bool:
     return isinstance(thing, tuple) and hasattr(thing, "init") and hasattr(thing, "update")
+
+
+def is_transformation(thing: Any) -> bool:
+    """Whether a thing has `init` and `update`, such as optax's named tuple or `MultiSteps`."""
+    return callable(getattr(thing, "init", None)) and callable(getattr(thing, "update", None))
+
+
+def closure(f: Any) -> dict[str, Any]:
+    """What a function closes over, by name; a method's function is looked into.
+
+    Args:
+        f: anything; what closes over nothing gives an empty dict.
+    """
+    f = inspect.unwrap(getattr(f, "__func__", f))  # runtime type checkers wrap functions
+    cells = getattr(f, "__closure__", None) or ()
+    names = getattr(getattr(f, "__code__", None), "co_freevars", ())
+    known = {}
+    for name, cell in zip(names, cells, strict=False):
+        try:
+            known[name] = cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+    return known
+
+
+def chain_parts(tx: Any) -> list[Any]:
+    """The transformations that a chain of optax's or jaxgrad's is made of, in order.
+
+    Args:
+        tx: transformation.
+
+    Returns:
+        Transformations; empty if it is no chain that can be read.
+    """
+    held = closure(tx.init) | closure(tx.update)
+    if "init_fns" in held and "update_fns" in held:
+        pairs = zip(held["init_fns"], held["update_fns"], strict=True)
+        return [optax.GradientTransformationExtraArgs(*pair) for pair in pairs]
+    parts = held.get("parts")
+    if isinstance(parts, list) and all(is_transformation(part) for part in parts):
+        return parts
+    return []
 
 
 def read_steps(tx: Any) -> tuple[Step, ...]:
