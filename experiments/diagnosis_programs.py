@@ -72,6 +72,11 @@ def digits_mlp(
     return classify(params, lambda p, x: m.mlp(p, x, act), m.digits(seed), tx)
 
 
+def pre_ln_transformer(seed: int, tx: Any) -> dict[str, Any]:
+    return {"loss": m.language_loss, "params": m.transformer_params(seed), "batch": m.copies(seed),
+            "optimizer": tx}  # fmt: skip
+
+
 def adam(rate: float = 1e-3) -> Any:
     return optax.adam(rate)
 
@@ -138,8 +143,7 @@ def lstm_plain(seed: int) -> dict[str, Any]:
 
 @program(kind="transformer")
 def pre_ln(seed: int) -> dict[str, Any]:
-    return {"loss": m.language_loss, "params": m.transformer_params(seed), "batch": m.copies(seed),
-            "optimizer": adam()}  # fmt: skip
+    return pre_ln_transformer(seed, adam())
 
 
 @program(kind="transformer")
@@ -269,20 +273,25 @@ def multi_steps(seed: int) -> dict[str, Any]:
     return digits_mlp(seed, optax.MultiSteps(optax.adam(3e-3), 4))
 
 
-@program()
-def dropout_mild(seed: int) -> dict[str, Any]:
+def with_dropout(seed: int, keep_rate: float) -> dict[str, Any]:
+    """A ReLU network on the digits whose units are kept at a rate."""
     params = m.mlp_params(seed, [64, 64, 64, 10])
 
     def loss(params: Any, batch: Any, key: Any) -> Any:
         x = batch[0]
         for i, p in enumerate(params[:-1]):
             x = jax.nn.relu(x @ p["w"] + p["b"])
-            keep = jax.random.bernoulli(jax.random.fold_in(key, i), 0.8, x.shape)
-            x = jnp.where(keep, x / 0.8, 0.0)
+            keep = jax.random.bernoulli(jax.random.fold_in(key, i), keep_rate, x.shape)
+            x = jnp.where(keep, x / keep_rate, 0.0)
         return m.cross_entropy(x @ params[-1]["w"] + params[-1]["b"], batch[1])
 
     return {"loss": loss, "params": params, "batch": m.digits(seed), "optimizer": adam(3e-3),
             "key": jax.random.key(seed)}  # fmt: skip
+
+
+@program()
+def dropout_mild(seed: int) -> dict[str, Any]:
+    return with_dropout(seed, 0.8)
 
 
 # ------------------------------------------------------------------------------------------ faulty
@@ -550,18 +559,7 @@ def penalty_strong(seed: int) -> dict[str, Any]:
 
 @program("regularization.dropout_too_strong")
 def dropout_strong(seed: int) -> dict[str, Any]:
-    params = m.mlp_params(seed, [64, 64, 64, 10])
-
-    def loss(params: Any, batch: Any, key: Any) -> Any:
-        x = batch[0]
-        for i, p in enumerate(params[:-1]):
-            x = jax.nn.relu(x @ p["w"] + p["b"])
-            keep = jax.random.bernoulli(jax.random.fold_in(key, i), 0.05, x.shape)
-            x = jnp.where(keep, x / 0.05, 0.0)
-        return m.cross_entropy(x @ params[-1]["w"] + params[-1]["b"], batch[1])
-
-    return {"loss": loss, "params": params, "batch": m.digits(seed), "optimizer": adam(3e-3),
-            "key": jax.random.key(seed)}  # fmt: skip
+    return with_dropout(seed, 0.05)
 
 
 @program("norm.batch_of_one")

@@ -12,7 +12,14 @@ import optax
 from flax import nnx
 
 from experiments import diagnosis_models as m
-from experiments.diagnosis_programs import PROGRAMS, adam, classify, digits_mlp, program
+from experiments.diagnosis_programs import (
+    PROGRAMS,
+    adam,
+    classify,
+    digits_mlp,
+    pre_ln_transformer,
+    program,
+)
 
 __all__ = ["PROGRAMS"]
 
@@ -607,22 +614,12 @@ def clip_tiny_adam(seed: int) -> dict[str, Any]:
 
 @program("lr.too_low", part="report", kind="transformer")
 def transformer_rate_low(seed: int) -> dict[str, Any]:
-    return {
-        "loss": m.language_loss,
-        "params": m.transformer_params(seed),
-        "batch": m.copies(seed),
-        "optimizer": adam(1e-7),
-    }
+    return pre_ln_transformer(seed, adam(1e-7))
 
 
 @program("lr.too_high", part="report", kind="transformer")
 def transformer_rate_high(seed: int) -> dict[str, Any]:
-    return {
-        "loss": m.language_loss,
-        "params": m.transformer_params(seed),
-        "batch": m.copies(seed),
-        "optimizer": adam(0.3),
-    }
+    return pre_ln_transformer(seed, adam(0.3))
 
 
 @program("accumulation.sums", part="report")

@@ -105,10 +105,8 @@ class _Passes:
             return lax.cond(squares < jnp.inf, lambda _: [zero, *scales], careful, wide)
 
         def always(wide: Array, squares: Array) -> list[Array]:
-            return [
-                self.count_nonfinite(wide),
-                *(jnp.where(squares < jnp.inf, s, jnp.nan) for s in scales),
-            ]
+            marked = (jnp.where(squares < jnp.inf, s, jnp.nan) for s in scales)
+            return [self.count_nonfinite(wide), *marked]
 
         if _varies_over_devices(self.squares):
             return always(self.wide, self.squares)
@@ -265,8 +263,7 @@ def leaf_statistics(
     Small leaves of one size are stacked. Of the others the plain sum of squares does, unless it
     leaves the range in which it is exact; then, in a branch, all are measured with care.
     """
-    roots, counts = _by_size(leaves, count=True)
-    return roots, counts
+    return _by_size(leaves, count=True)
 
 
 def _by_size(leaves: Sequence[Array], count: bool) -> tuple[Array, Array]:

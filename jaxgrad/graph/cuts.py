@@ -92,7 +92,7 @@ def _chain_from_integers(reading: _Reading) -> Chained:
             "output: there is no gradient to follow. Pass the float that you want to "
             "differentiate, for example the embedded tokens."
         )
-    last = _last_uses(ops, smooth, ends)
+    last = last_uses(ops, smooth, ends)
     latest = max(i for v, i in roots if v in last)
     single = []
     live: set[Value] = set()
@@ -138,7 +138,7 @@ def _embeddings(ops: list[Op], table: Table, influenced: set[Value]) -> list[tup
 _ELEMENTWISE = {"add", "sub", "mul", "div", "max", "min", "select_n", "pow", "clamp", "atan2"}
 
 
-def _last_uses(ops: list[Op], smooth: set[Value], outputs: Iterable[Value]) -> dict[Value, int]:
+def last_uses(ops: list[Op], smooth: set[Value], outputs: Iterable[Value]) -> dict[Value, int]:
     """Position of the last operation that passes a gradient on to each value."""
     last = dict.fromkeys(outputs, len(ops))
     for i in range(len(ops) - 1, -1, -1):
@@ -160,7 +160,7 @@ def _chain_from(start: tuple[Value, ...], position: int, reading: _Reading) -> C
     )
     if not outputs:
         raise NoGradientPath(_explain(rest, start, reading.overall, reading.what))
-    last = _last_uses(rest, smooth, outputs)
+    last = last_uses(rest, smooth, outputs)
     live = {v for v in start if v in last}
     segments, before, begun = [], start, 0
     for i, op in enumerate(rest):

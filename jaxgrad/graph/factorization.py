@@ -72,7 +72,7 @@ def factorize(
         raise ValueError("factorize: the function returns no array")
     parameters = closures.name_constants(fun, args, argnum, table.constants)
     labels = names.label(traced.block, table, parameters)
-    scans = _scan_paths(traced.block, labels)
+    scans = scan_paths(traced.block, labels)
     line = flatten.inline(traced.block, labels, table, inputs)
     line = flatten.unroll(line, table, inputs, labels)
     names.label_calls(line.ops, labels)
@@ -232,7 +232,7 @@ def _fixed_values(
     return env
 
 
-def _scan_paths(block: Any, labels: names.Labels) -> dict[Value, Path]:
+def scan_paths(block: Any, labels: names.Labels) -> dict[Value, Path]:
     """First output of each scan -> the layer path that its iterations repeat."""
     paths = {}
     for _, op in walk(block):

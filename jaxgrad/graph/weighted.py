@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxgrad import tree
 from jaxgrad.graph import arguments, capture, cuts, flatten, layers, names
-from jaxgrad.graph.factorization import _scan_paths
+from jaxgrad.graph.factorization import scan_paths
 from jaxgrad.graph.flatten import Line, dependence
 from jaxgrad.graph.ir import Block, Lit, Op, Table, Value, is_real_dtype, value_inputs
 from jaxgrad.graph.marks import Marks, Weight
@@ -95,7 +95,7 @@ def read(loss: Callable[..., Any], params: Any, args: Sequence[Any]) -> Reading:
     labels = names.label(block, table, {v: split.names[p] for v, p in weights.items()})
     line = flatten.inline(block, labels, table, block.inputs)
     line.ops = flatten.needed_ops(line)
-    source = _Source(table, labels, weights, data, _scan_paths(block, labels))
+    source = _Source(table, labels, weights, data, scan_paths(block, labels))
     found = _best(line, source)
     env = dict(table.constants) | {v: split.leaves[p] for p, v in at.items()}
     return found.reading(env, leaves, treedef, dict(split.names))
@@ -169,7 +169,7 @@ def _leads_on(line: Line, start: Value, table: Table) -> bool:
 def _starts(line: Line, active: set[Value]) -> list[Value]:
     """Where the chain may begin: where all activations have come together, or at one of them."""
     outputs = {v for v in line.outputs if not isinstance(v, Lit) and v in active}
-    last = cuts._last_uses(line.ops, active, outputs)
+    last = cuts.last_uses(line.ops, active, outputs)
     roots = [
         (i, v)
         for i, op in enumerate(line.ops)
