@@ -1,0 +1,1 @@
+"""What the experiments share: the frame, measurements, drawing, and the report made of them."""
