@@ -11,10 +11,11 @@ open triangle, NaN and infinity on the upper edge as a cross.
 # pyright: reportUnusedCallResult=false
 # (matplotlib's methods return what they drew, and drawing is their effect)
 
+import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -88,7 +89,7 @@ def profile(title: str, initial: Numbers, final: Numbers | None) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
         if final is not None:
             axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
-        return _svg(figure, f"{title} by layer, on a logarithmic scale")
+        return to_svg(figure, f"{title} by layer, on a logarithmic scale")
 
 
 def heat_map(names: Sequence[str], steps: Numbers, gradient_rms: np.ndarray) -> str:
@@ -135,7 +136,9 @@ def heat_map(names: Sequence[str], steps: Numbers, gradient_rms: np.ndarray) -> 
         bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=24)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         _powers_of_ten(bar.ax)
-        return _svg(figure, "Heat map of the gradient RMS, layers from the top, steps to the right")
+        return to_svg(
+            figure, "Heat map of the gradient RMS, layers from the top, steps to the right"
+        )
 
 
 def loss_curve(losses: Numbers) -> str:
@@ -168,7 +171,34 @@ def loss_curve(losses: Numbers) -> str:
         axes.set_title("loss while training")
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        return _svg(figure, "Loss by step")
+        return to_svg(figure, "Loss by step")
+
+
+def to_svg(figure: Figure, description: str, variables: Mapping[str, str] = _VARIABLES) -> str:
+    """The figure as an element to embed: scalable, described, colored by variables.
+
+    Args:
+        figure: drawn with placeholder colors, and with `svg.fonttype` "none" in force.
+        description: what a reader who does not see it is told.
+        variables: {placeholder, in lower-case hexadecimal: the CSS variable in its place}.
+
+    Returns:
+        SVG text without a size of its own.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": description}):
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for color, variable in variables.items():
+        text = text.replace(color, f"var({variable})")
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    label = html.escape(description, quote=True)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 # ------------------------------------------------------------------------------------------ parts
@@ -264,20 +294,3 @@ def _smooth(values: np.ndarray) -> np.ndarray | None:
         return None
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-
-
-def _svg(figure: Figure, description: str) -> str:
-    """The figure as an element to embed: scalable, described, colored by variables."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": description}):
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
-        )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, f"var({variable})")
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)

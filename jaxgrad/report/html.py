@@ -69,6 +69,14 @@ def write_index(records: Sequence[RunRecord], folder: Path) -> Path:
     return _write(folder / "index.html", index_page(records))
 
 
+def embed(svg: str, kind: str = "") -> str:
+    """An SVG in a page; its ids get a prefix of their own, since a page holds several."""
+    prefix = f"f{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
+    for mark in ('id="', "url(#", 'href="#'):
+        svg = svg.replace(mark, mark + prefix)
+    return f'<figure class="{kind}">{svg}</figure>'
+
+
 # ---------------------------------------------------------------------------------------- sections
 
 
@@ -112,7 +120,7 @@ def _pictures(record: RunRecord) -> str:
     def profile(title: str, name: str, places: Sequence[int]) -> str:
         initial = _column(first, name, places)
         final = None if last is None else _column(last, name, places)
-        return _figure(figures.profile(title, initial, final))
+        return embed(figures.profile(title, initial, final))
 
     everywhere = range(len(first))
     pictures = (
@@ -124,10 +132,10 @@ def _pictures(record: RunRecord) -> str:
     history = record.history
     if history is None:
         return text
-    training = _figure(figures.loss_curve(history.losses))
+    training = embed(figures.loss_curve(history.losses))
     if before.names:
         heat = figures.heat_map(before.names, history.steps, history.gradient_rms)
-        training = _figure(heat, "wide") + training
+        training = embed(heat, "wide") + training
     return f"""{text}<section><h2>While training</h2>
 <div class="grid two">{training}</div></section>"""
 
@@ -267,14 +275,6 @@ def _span_text(span: tuple[float, float]) -> str:
 def _column(table: Sequence[Row], name: str, places: Sequence[int]) -> list[float]:
     values = (getattr(table[i], name) for i in places)
     return [math.nan if value is None else float(value) for value in values]
-
-
-def _figure(svg: str, kind: str = "") -> str:
-    """An SVG to embed; its ids get a prefix of their own, since a page holds several."""
-    prefix = f"f{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
-    for mark in ('id="', "url(#", 'href="#'):
-        svg = svg.replace(mark, mark + prefix)
-    return f'<figure class="{kind}">{svg}</figure>'
 
 
 def _text(value: object) -> str:
