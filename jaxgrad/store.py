@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ import numpy as np
 FORMAT = 1
 RECORD_FILE = "run.json"
 ARRAYS_FILE = "arrays.npz"
+_OLD_ARRAYS_FILE = "arrays.old.npz"
 
 
 class StoreError(ValueError):
@@ -34,8 +36,9 @@ def save_run(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
     """Writes a record to a folder, atomically.
 
     A new folder appears complete or not at all. In an existing folder each file is replaced by a
-    rename, and `run.json` holds the hash of the `arrays.npz` that belongs to it: an interrupted
-    overwrite is found on reading, never read as a mixture.
+    rename, `run.json` holds the hash of the `arrays.npz` that belongs to it, and the arrays of the
+    run before stand beside them until both are written: whenever an overwrite is interrupted, the
+    folder reads as the old run or as the new one, never as a mixture.
 
     Args:
         folder: where to write; made if missing, with its parents.
@@ -87,13 +90,14 @@ def load_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(envelope, dict) or envelope.get("format") != FORMAT:
         found = envelope.get("format") if isinstance(envelope, dict) else type(envelope).__name__
         raise StoreError(f"{record_path}: expected format {FORMAT}, found {found!r}.")
-    content = arrays_path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != envelope.get("arrays_sha256"):
-        raise StoreError(
-            f"{arrays_path} is not the file that {RECORD_FILE} was written with: damaged, or a "
-            "save was interrupted. Write the run again."
-        )
-    return _decode(envelope.get("record"), _read_arrays(arrays_path), record_path)
+    # the arrays of the run before are those of run.json where a save was interrupted in between
+    for path in (arrays_path, folder / _OLD_ARRAYS_FILE):
+        if path.is_file() and _digest(path) == envelope.get("arrays_sha256"):
+            return _decode(envelope.get("record"), _read_arrays(path), record_path)
+    raise StoreError(
+        f"{arrays_path} is not the file that {RECORD_FILE} was written with: it is damaged. "
+        "Write the run again."
+    )
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -189,15 +193,37 @@ def _write_files(folder: Path, body: Any, arrays: dict[str, np.ndarray]) -> None
     arrays_path = folder / ARRAYS_FILE
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
         np.savez_compressed(file, names=np.asarray(names), **entries)  # pyright: ignore[reportArgumentType]
-    digest = hashlib.sha256(Path(file.name).read_bytes()).hexdigest()
+    digest = _digest(Path(file.name))
     envelope = {"format": FORMAT, "arrays_sha256": digest, "record": body}
     text = json.dumps(envelope, allow_nan=False, ensure_ascii=False, indent=1)
     with tempfile.NamedTemporaryFile(
         "w", dir=folder, suffix=".part", delete=False, encoding="utf-8"
     ) as record:
         _ = record.write(text)
+    _keep_old(folder)
     os.replace(file.name, arrays_path)
     os.replace(record.name, folder / RECORD_FILE)
+    (folder / _OLD_ARRAYS_FILE).unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _keep_old(folder: Path) -> None:
+    """Keeps the arrays that `run.json` belongs to until a new one stands in its place."""
+    old = folder / _OLD_ARRAYS_FILE
+    if not (folder / ARRAYS_FILE).exists() or not (folder / RECORD_FILE).exists():
+        return
+    if old.exists():  # left by an interrupted save: it may be the one that run.json belongs to
+        text = (folder / RECORD_FILE).read_text(encoding="utf-8", errors="replace")
+        if _digest(old) in text:
+            return
+        old.unlink()
+    try:
+        os.link(folder / ARRAYS_FILE, old)
+    except OSError:  # a file system without links
+        _ = shutil.copyfile(folder / ARRAYS_FILE, old)
 
 
 # ----------------------------------------------------------------------------------------- decoding

@@ -1,0 +1,155 @@
+"""A step in numbers: what a recorder keeps of one, computed where the arrays are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jaxgrad.monitor.watching import WatchState
+from jaxgrad.statistics import leaf_rms
+from jaxgrad.tree import global_norm, inexact_leaves
+
+# One number a step.
+SCALARS: tuple[str, ...] = (
+    "loss", "gradient_norm", "clipped_norm", "update_norm", "weight_norm", "alignment",
+    "nonfinite",
+)  # fmt: skip
+# One number a row, or a parameter leaf, of the flow.
+ROWS = (
+    "activation_rms", "activation_mean", "activation_max", "activation_zero_share",
+    "activation_nonfinite", "gradient_rms", "gradient_max", "gradient_nonfinite",
+    "gradient_below_float16", "gradient_below_bfloat16", "gradient_reached",
+)  # fmt: skip
+LEAVES = ("weight_rms", "weight_gradient_rms", "weight_gradient_nonfinite")
+# Bins of the exponent histogram: floor(log2 |g|), from float32's smallest subnormal number on.
+EXPONENTS = range(-149, 128)
+_SAMPLED = 4096  # elements of a leaf that the histogram looks at
+
+
+def summarize(
+    loss: Any, flow: Any, params: PyTree, updates: PyTree, grads: PyTree, state: PyTree
+) -> dict[str, Array]:
+    """What is kept of a step; all trees but the flow may be None.
+
+    Args:
+        loss: the loss.
+        flow: the `Flow` of the step.
+        params: parameters, before the updates or after them.
+        updates: what is added to the parameters.
+        grads: raw gradients.
+        state: the optimizer's state; a `WatchState` in it gives the norms.
+
+    Returns:
+        float32 arrays by name: scalars, rows, leaves, and where `grads` are given the histogram of
+        their exponents. What was not given is NaN.
+    """
+    missing = jnp.full((), jnp.nan, jnp.float32)
+    found: dict[str, Array] = dict.fromkeys(SCALARS, missing)
+    found["loss"] = jnp.asarray(loss, jnp.float32)
+    for name in (*ROWS, *LEAVES):
+        found[name] = jnp.asarray(getattr(flow, name), jnp.float32)
+    bad = flow.nonfinite + jnp.sum(flow.weight_gradient_nonfinite, -1)
+    found["nonfinite"] = jnp.asarray(bad, jnp.float32)
+    found |= _watched(state)
+    if grads is not None:
+        found["gradient_norm"] = _norm(grads)
+        found["exponents"] = exponents(inexact_leaves(grads))
+    if params is not None:
+        found["weight_norm"] = _norm(params)
+    if updates is not None:
+        found["update_norm"] = _norm(updates)
+        found["update_rms"] = leaf_rms(inexact_leaves(updates)).astype(jnp.float32)
+        if params is not None:
+            found["rounded_away"] = rounded_away(inexact_leaves(params), inexact_leaves(updates))
+        if grads is not None:
+            found["alignment"] = _alignment(grads, updates)
+    return found
+
+
+def rounded_away(values: Sequence[Array], updates: Sequence[Array]) -> Array:
+    """Share of every leaf's updates that are not zero and do not change the parameter.
+
+    Args:
+        values: parameter leaves.
+        updates: what is added to them.
+
+    Returns:
+        Shares of the updates that are not zero, (leaves,) float32; 0 where all are zero.
+    """
+    shares = []
+    for value, update in zip(values, updates, strict=True):
+        moves = update != 0
+        wide = jnp.promote_types(jnp.promote_types(value.dtype, update.dtype), jnp.float32)
+        summed = (value.astype(wide) + update.astype(wide)).astype(value.dtype)
+        lost = jnp.sum(moves & (summed == value)) / jnp.maximum(jnp.sum(moves), 1)
+        shares.append(lost.astype(jnp.float32))
+    return jnp.stack(shares) if shares else jnp.zeros(0, jnp.float32)
+
+
+def exponents(leaves: Sequence[Array]) -> Array:
+    """How many gradient elements have which power of two: `EXPONENTS`, then the exact zeros.
+
+    At most some thousand elements of a leaf are looked at, at equal distances; each counts for as
+    many as it stands for.
+
+    Args:
+        leaves: arrays.
+
+    Returns:
+        Counts, (len(EXPONENTS) + 1,) float32; NaN and infinity are left out.
+    """
+    table = jnp.zeros(len(EXPONENTS) + 1, jnp.float32)
+    for leaf in leaves:
+        if leaf.size == 0:
+            continue
+        flat = jnp.abs(jnp.ravel(leaf)).astype(jnp.float32)
+        picked = flat[:: -(-leaf.size // _SAMPLED)]
+        weight = leaf.size / picked.size
+        counts, _ = jnp.histogram(_powers(picked), bins=jnp.asarray(_EDGES))
+        table += weight * counts.astype(jnp.float32)
+    return table
+
+
+# One bin a power of two, and one for zeros above them; what is not finite falls beyond all bins.
+_EDGES = np.arange(EXPONENTS.start - 0.5, EXPONENTS.stop + 1.0)
+
+
+def _powers(x: Array) -> Array:
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    field, fraction = bits >> 23, bits & 0x7FFFFF
+    # a subnormal number is its fraction times 2^-149: read as bits, none of it is flushed to zero
+    small = 31 - jax.lax.clz(jnp.maximum(fraction, 1)) - 149
+    power = jnp.where(field == 0, small, field - 127)
+    power = jnp.where(bits == 0, EXPONENTS.stop, power)
+    return jnp.where(field == 255, EXPONENTS.stop + 9, power)
+
+
+def _watched(state: PyTree) -> dict[str, Array]:
+    """The norms of the first `WatchState` in an optimizer's state."""
+    held = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, WatchState))
+    for part in held:
+        if isinstance(part, WatchState):
+            seen = part.figures
+            return {
+                "gradient_norm": seen.raw, "clipped_norm": seen.clipped,
+                "update_norm": seen.update, "weight_norm": seen.weight,
+                "alignment": seen.alignment,
+            }  # fmt: skip
+    return {}
+
+
+def _norm(tree: PyTree) -> Array:
+    return global_norm(tree).astype(jnp.float32)
+
+
+def _alignment(grads: PyTree, updates: PyTree) -> Array:
+    """Cosine between the update and the negative gradient."""
+    sizes = [jnp.where(n > 0, n, 1.0) for n in (_norm(grads), _norm(updates))]
+    inner = sum(
+        jnp.vdot(g.astype(jnp.float32) / sizes[0], u.astype(jnp.float32) / sizes[1]).real
+        for g, u in zip(inexact_leaves(grads), inexact_leaves(updates), strict=True)
+    )
+    return -jnp.asarray(inner, jnp.float32)
