@@ -218,7 +218,7 @@ def _expanded(
     column = jax.lax.dynamic_update_slice_in_dim(column, own, at, axis=1)
     small = jax.lax.dynamic_update_slice_in_dim(state.small, column, at, axis=2)
     ahead, _, coupling = orthonormalized(apply(pull, block, power), right, of_right)
-    first, values, _ = _small_svd(small)
+    first, values = _svd_of_filled(small, at + problem.block)
     last = jax.lax.dynamic_slice_in_dim(first, at, problem.block, axis=1)
     outside = jnp.einsum("eij,ejk->eik", coupling, last[..., : problem.count])
     residuals = jnp.sqrt(jnp.sum(outside**2, axis=1))
@@ -248,6 +248,25 @@ def _restarted(state: _State, problem: Problem) -> _State:
     )
 
 
+def _svd_of_filled(small: Array, filled: Array) -> tuple[Array, Array]:
+    """Left vectors and values, from the smallest of four corners that holds what is filled."""
+    m = small.shape[-1]
+    sizes = sorted({-(-m * quarter // 4) for quarter in (1, 2, 3, 4)})
+
+    def of_corner(size: int) -> Callable[[Array], tuple[Array, Array]]:
+        def values_of(small: Array) -> tuple[Array, Array]:
+            first, values, _ = _small_svd(small[:, :size, :size])
+            more = m - size
+            return jnp.pad(first, ((0, 0), (0, more), (0, more))), jnp.pad(
+                values, ((0, 0), (0, more))
+            )
+
+        return values_of
+
+    corner = jnp.sum(filled > jnp.asarray(sizes[:-1]))
+    return jax.lax.switch(corner, [of_corner(size) for size in sizes], small)
+
+
 def _small_svd(small: Array) -> tuple[Array, Array, Array]:
     finite = jnp.all(jnp.isfinite(small), axis=(1, 2), keepdims=True)
     first, values, second = jnp.linalg.svd(jnp.where(finite, small, 0), full_matrices=False)
@@ -274,9 +293,13 @@ def orthonormalized(
     eps = jnp.finfo(vectors.dtype).eps
     dead = jnp.max(jnp.abs(own), axis=-1) <= _BREAKDOWN * eps * before
     own = jnp.where(dead[..., None], 0, own)
-    random = jax.random.normal(key, vectors.shape, vectors.dtype)
-    random = random / math.sqrt(vectors.shape[-1])
-    new = jnp.where(dead[..., None], _projected(random, basis)[1], new)
+
+    def replaced(new: Array) -> Array:
+        random = jax.random.normal(key, vectors.shape, vectors.dtype)
+        random = random / math.sqrt(vectors.shape[-1])
+        return jnp.where(dead[..., None], _projected(random, basis)[1], new)
+
+    new = jax.lax.cond(jnp.any(dead), replaced, lambda new: new, new)
     again, new = _projected(new, basis)
     new, turned = _rows_qr(new)
     inside = inside + jnp.einsum("eij,eim->ejm", own, again, precision="highest")
