@@ -18,6 +18,8 @@ STYLE: dict[Any, Any] = {
     "text.color": INK,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -34,17 +36,17 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 # Titles, legends and texts take their look when they are made, not from their figure.
-_styled = mpl.rc_context(STYLE)
+styled = mpl.rc_context(STYLE)
 
 
-@_styled
+@styled
 def panels(count: int = 1, *, width: float = 7.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """A figure with `count` axes side by side, in the house style."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, [figure.add_subplot(1, count, i + 1) for i in range(count)]
 
 
-@_styled
+@styled
 def line(axes: Axes, index: int, x: Any, values: Any, label: str = "", **options: Any) -> None:
     """A series: mean over the seeds (first axis of values) and the band of its 95 % interval."""
     from experiments.atlas.frame import interval
@@ -56,13 +58,25 @@ def line(axes: Axes, index: int, x: Any, values: Any, label: str = "", **options
     axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
-@_styled
+@styled
+def dots(axes: Axes, index: int, x: Any, values: Any, label: str = "") -> None:
+    """Points without a line, for an axis of names: mean over the seeds and its 95 % interval."""
+    from experiments.atlas.frame import interval
+
+    mean, low, high = interval(values)
+    axes.errorbar(
+        x, mean, (mean - low, high - mean), color=COLORS[index % len(COLORS)], label=label,
+        marker=MARKERS[index % len(MARKERS)], linestyle="none", capsize=3,
+    )  # fmt: skip
+
+
+@styled
 def theory(axes: Axes, x: Any, values: Any, label: str = "theory") -> None:
     """A prediction: a dashed line without markers, in ink."""
     axes.plot(x, values, color=INK, linestyle="--", linewidth=1.2, label=label)
 
 
-@_styled
+@styled
 def words(axes: Axes, title: str, x: str, y: str, *, legend: bool = True) -> None:
     """Title, labels and, where asked for, a legend."""
     axes.set_title(title)
@@ -72,7 +86,7 @@ def words(axes: Axes, title: str, x: str, y: str, *, legend: bool = True) -> Non
         axes.legend()
 
 
-@_styled
+@styled
 def grid(
     axes: Axes, values: Any, rows: Sequence[str], columns: Sequence[str], *, form: str = "{:.2f}",
     limits: tuple[float, float] | None = None,
