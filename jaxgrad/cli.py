@@ -44,17 +44,18 @@ class Main:
 
 @dataclass(frozen=True)
 class Diagnose:
-    """The same for a loss of your own, and why it does not train.
+    """The same for a loss of your own, and why it does not train; or why a recorded run did not.
 
     FILE.py defines LOSS(params, batch), PARAMS and BATCH: values, or functions without arguments
     that make them; a BATCH function is called anew for every step. An OPTIMIZER, an optax
-    transformation, is used and judged. The exit status is 1 if there is an error-level finding.
+    transformation, is used and judged. A RUN is a folder that `jaxgrad.monitor.Recorder` wrote:
+    nothing is run then. The exit status is 1 if there is an error-level finding.
     """
 
-    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.py:LOSS")]
-    """Your file, and the name of the loss in it."""
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.py:LOSS|RUN")]
+    """Your file, and the name of the loss in it; or the folder of a recorded run."""
     out: Path = Path("results")
-    """Folder for the report."""
+    """Folder for the report; that of a recorded run is written into the run's own folder."""
     steps: int = 100
     """Training steps; 0 measures the initialization only."""
     learning_rate: float = 1e-3
@@ -72,7 +73,9 @@ _COMMANDS = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(
+    arguments: Sequence[str] | None = None, after_main: Callable[[Path], None] | None = None
+) -> None:
     """Runs a command and exits.
 
     The status is 0 if it was done, 1 if a diagnosis has an error-level finding, and 2 if the
@@ -80,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Args:
         arguments: the command line without the program's name; by default the process's own.
+        after_main: takes the folder of the main job's reports when they are written; for what
+            lies outside the package.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
@@ -88,10 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     again = shlex.join(["./scripts/run", *(given[1:] if given[0] == "main" else given)])
     try:
         _check(command)
+        if isinstance(command, Diagnose) and Path(command.target).is_dir():
+            sys.exit(0 if _recorded_is_healthy(Path(command.target)) else 1)
         tasks = _tasks(command)
         _study_all(tasks, command.out, again)
         if isinstance(command, Diagnose) and not _healthy(tasks[0](), command):
             sys.exit(1)
+        if isinstance(command, Main) and after_main is not None:
+            after_main(command.out)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -146,7 +155,22 @@ def _healthy(task: Task, command: Diagnose) -> bool:
             task.loss, task.params, batches[0], **training,
             progress=lambda what: tell(f"diagnosis: {what}", 0, 0),
         )  # fmt: skip
-    folder = command.out / task.name
+    return _reported(report, command.out / task.name)
+
+
+def _recorded_is_healthy(run: Path) -> bool:
+    """The same for a run that is over."""
+    from jaxgrad.diagnosis import diagnose_run
+
+    try:
+        report = diagnose_run(run)
+    except ValueError as error:  # a StoreError is one
+        raise UsageError(str(error)) from error
+    return _reported(report, run)
+
+
+def _reported(report: Any, folder: Path) -> bool:
+    """Prints a diagnosis and saves it in a folder; whether it has no error."""
     report.save(folder / "diagnosis.json")
     print(f"{report}\ndiagnosis: {report.save(folder / 'diagnosis.html')}", flush=True)
     return all(finding.severity != "error" for finding in report.findings)

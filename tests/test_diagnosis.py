@@ -10,17 +10,18 @@ import optax
 import pytest
 
 from experiments import diagnosis_models as models
-from experiments import diagnosis_programs_more as more
+from experiments import diagnosis_programs_late as late
 from experiments.diagnosis_programs import PROGRAMS, Program
 from jaxgrad.diagnosis import Finding, Report, causes, diagnose
 from jaxgrad.diagnosis.finding import matches
 
-assert more
+assert late.PROGRAMS is PROGRAMS
 BY_NAME = {p.name: p for p in PROGRAMS}
 # One program a mechanism; all others run with --all, and in the benchmark.
 QUICK_FAULTY = (
     "large_init", "zero_init", "dead_bias", "labels_from_one", "softmax_of_one", "batch_norm_one",
     "linen_argmax", "broadcast_targets", "raw_targets", "accumulation_sums", "where_sqrt",
+    "bfloat16_small_steps",
 )  # fmt: skip
 QUICK_HEALTHY = ("relu_he_adam", "lora", "target_network")
 
@@ -73,7 +74,8 @@ def test_a_report_is_stable_json_and_prints_its_verdict_first(tmp_path: Any) -> 
     assert data["primary"] is None and data["version"] == 1
     assert str(report).splitlines()[0] == report.verdict == data["verdict"]
     assert json.loads(report.save(tmp_path / "r.json").read_text())["verdict"] == report.verdict
-    assert "<pre>" in report.save(tmp_path / "r.html").read_text()
+    page = report.save(tmp_path / "r.html").read_text()
+    assert report.verdict in page and page.count("<svg") >= 6  # see test_diagnosis_page
     with pytest.raises(ValueError, match=r"\.json or \.html"):
         _ = report.save(tmp_path / "r.txt")
 
@@ -124,6 +126,23 @@ def test_a_leaf_that_is_said_to_be_frozen_may_lose_its_gradient() -> None:
     report = diagnose(**made, trainable=frozen)
     assert report.primary is None or report.primary.code != "gradient.blocked"
     assert any(f.code == "gradient.blocked" and f.severity == "info" for f in report.findings)
+
+
+def test_a_frozen_base_is_information_and_has_a_place() -> None:
+    report = diagnose(**BY_NAME["lora_inside"].make(0))
+    assert report.primary is None
+    blocked = [f for f in report.findings if f.code == "gradient.blocked"]
+    assert blocked and all(f.severity == "info" for f in blocked)
+    assert all("base" in f.where for f in blocked)
+
+
+@pytest.mark.slow
+def test_an_output_that_forgot_its_input_is_told_from_one_that_keeps_it() -> None:
+    """The loss alone would not tell: both stand at the entropy of the labels."""
+    report = diagnose(**BY_NAME["rate_high_adam"].make(3))
+    assert report.primary is not None and report.primary.code == "lr.too_high"
+    facts = report.primary.evidence
+    assert facts["spread_kept"] < 1e-6 and facts["spread_kept_at_a_tenth"] > 1
 
 
 def test_a_while_loop_is_named_as_a_block() -> None:

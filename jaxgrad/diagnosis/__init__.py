@@ -15,15 +15,18 @@ from jaxgrad.diagnosis import (
     optimizers,
     paths,
     rates,
+    rounding,
     terms,
     units,
     weights,
 )  # fmt: skip
+from jaxgrad.diagnosis.course import course_of
 from jaxgrad.diagnosis.evidence import Evidence, forward_and_back
 from jaxgrad.diagnosis.finding import Finding as Finding
 from jaxgrad.diagnosis.finding import Report as Report
 from jaxgrad.diagnosis.finding import matches
 from jaxgrad.diagnosis.problem import make_problem
+from jaxgrad.diagnosis.stored import diagnose_run as diagnose_run
 
 # The registry: rules in the order of a run's life. Each takes the evidence and returns findings.
 STATIC = [
@@ -36,7 +39,8 @@ INITIAL = [
 ]  # fmt: skip
 RUNNING = [
     optimizers.accumulation, events.ascent, events.falling_without_end, terms.dropout,
-    terms.regularization, terms.attention, optimizers.clip_always, rates.learning_rate,
+    terms.regularization, terms.attention, rounding.lost, optimizers.clip_always,
+    rates.learning_rate,
     events.spike, events.breakdown,
 ]  # fmt: skip
 RULES: list[Callable[[Evidence], list[Finding]]] = [*STATIC, *INITIAL, *RUNNING]
@@ -81,7 +85,8 @@ def diagnose(  # noqa: PLR0913, PLR0917 (a public signature)
         progress: called with a line whenever something is begun.
 
     Returns:
-        The report; `primary` is None for a healthy run.
+        The report; `primary` is None for a healthy run. Of a run that is over, `diagnose_run` says
+        what can be said of its recording.
 
     Raises:
         TypeError: if the loss returns no real scalar, or the parameters hold no float array.
@@ -96,7 +101,8 @@ def diagnose(  # noqa: PLR0913, PLR0917 (a public signature)
     primary, findings = causes.judge(kept)
     rows = () if evidence.undifferentiable else _rows(evidence)
     facts = {} if evidence.undifferentiable else _facts(evidence)
-    return Report(primary, findings, rows, facts, tuple(evidence.notes))
+    course = None if evidence.undifferentiable else course_of(evidence)
+    return Report(primary, findings, rows, facts, tuple(evidence.notes), course)
 
 
 def _apply_rules(evidence: Evidence) -> list[Finding]:

@@ -11,7 +11,7 @@ _CHAIN: tuple[tuple[str, ...], ...] = (
      "norm.batch_of_one", "loss.output_mismatch", "loss.double_softmax", "optimizer.ascent",
      "accumulation.*"),
     ("optimizer.clip_after_update",),
-    ("precision.overflow", "precision.underflow", "gradient.nonfinite"),
+    ("precision.*", "gradient.nonfinite"),
     ("init.symmetric",),
     ("data.unnormalized",),
     ("regularization.*",),

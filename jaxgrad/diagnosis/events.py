@@ -14,14 +14,19 @@ def ascent(evidence: Evidence) -> list[Finding]:
         return []
     run = evidence.main
     moved = np.flatnonzero((run.update_norms > 0) & np.isfinite(run.alignment))[:5]
-    if not moved.size or np.median(run.alignment[moved]) > -0.05 or run.alignment[moved[0]] > 0:
+    return ascent_finding(run.alignment[moved])
+
+
+def ascent_finding(cosines: np.ndarray) -> list[Finding]:
+    """The finding, if there is one: cosines of the first updates with the negative gradient."""
+    if not cosines.size or np.median(cosines) > -0.05 or cosines[0] > 0:
         return []
     return [
         Finding(
             "optimizer.ascent", "error", "running", "optimizer",
             "The updates go up the gradient: their cosine with the negative gradient is "
-            f"{run.alignment[moved[0]]:.2f} at the first step.",
-            {"cosine": [float(c) for c in run.alignment[moved]], "threshold": -0.05},
+            f"{cosines[0]:.2f} at the first step.",
+            {"cosine": [float(c) for c in cosines], "threshold": -0.05},
             fix("optimizer.ascent"), 0.97,
             may_be_wrong="the objective is meant to be maximized",
         )
@@ -50,8 +55,18 @@ def falling_without_end(evidence: Evidence) -> list[Finding]:
 
 def spike(evidence: Evidence) -> list[Finding]:
     """A loss far above all others before it, from which the run comes back."""
-    losses, norms = evidence.main.losses, evidence.main.gradient_norms
-    if evidence.main.stopped is not None or len(losses) < 20:
+    if evidence.main.stopped is not None:
+        return []
+    run = evidence.main
+    return spike_finding(run.losses, run.gradient_norms, len(evidence.problem.batches))
+
+
+def spike_finding(losses: np.ndarray, norms: np.ndarray, batches: int | None) -> list[Finding]:
+    """The finding, if there is one, of losses and gradient norms step by step.
+
+    Norms that are NaN were not measured, and do not speak against it.
+    """
+    if len(losses) < 20:
         return []
     for t in range(8, len(losses) - 2):
         before = losses[max(t - 21, 0) : t]
@@ -59,14 +74,15 @@ def spike(evidence: Evidence) -> list[Finding]:
         spread = float(np.median(np.abs(before - middle))) * 1.4826
         high = losses[t] > middle + 10 * max(spread, 0.05 * abs(middle))
         above = losses[t] > max(before.max() * 3, losses[:3].max() * 2)
-        if not (high and above and norms[t] > 5 * np.median(norms[max(t - 21, 0) : t])):
+        steep = norms[t] > 5 * np.median(norms[max(t - 21, 0) : t])
+        if not (high and above and (steep or not np.isfinite(norms[t]))):
             continue
+        known = {} if batches is None else {"batch": t % batches}
         return [
             Finding(
                 "loss.spike", "warning", "running", f"step {t}",
                 f"At step {t} the loss jumps from {middle:.3g} to {losses[t]:.3g}.",
-                {"step": t, "loss": float(losses[t]), "median_before": middle,
-                 "batch": t % len(evidence.problem.batches),
+                {"step": t, "loss": float(losses[t]), "median_before": middle, **known,
                  "gradient_norm": float(norms[t]), "threshold": "10 sigma and 3 x"},
                 fix("loss.spike", step=t), 0.85,
             )

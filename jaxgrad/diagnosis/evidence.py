@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -39,6 +38,7 @@ class Evidence:
         instrument: the instrumented pass.
         initial: its measurement on the given parameters.
         notes: probes that could not be run.
+        clip_norm: norm above which the optimizer clips, once a rule has found it.
     """
 
     def __init__(self, problem: Problem, optimizer: Any, progress: Progress | None) -> None:
@@ -50,6 +50,7 @@ class Evidence:
         self.structure: Structure = read_structure(self.wiring)
         self.instrument = Instrument(problem, self.wiring, self.structure)
         self.undifferentiable = ""
+        self.clip_norm: float | None = None
         self._runs: dict[Any, Run] = {}
 
     # ----------------------------------------------------------------------------- passes
@@ -78,21 +79,6 @@ class Evidence:
         """The operands of an operation that come from the data alone."""
         inputs = [v for v in op.inputs if isinstance(v, int)]
         return [v for v in inputs if v in self.wiring.from_data and v not in self.wiring.depends]
-
-    @functools.cached_property
-    def perturbed(self) -> list[Measurement]:
-        """Passes at random parameters near the given ones: zeros there move too."""
-        self.tell("measuring the layers at random parameters")
-        found = []
-        for seed in range(3):
-            rng = np.random.default_rng(seed)
-            moved = []
-            for value in self.problem.values:
-                x = np.asarray(value, np.float32)
-                size = max(float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0, 0.1)
-                moved.append(jnp.asarray(x + size * rng.standard_normal(x.shape), value.dtype))
-            found.append(self.instrument.measure(moved))
-        return found
 
     @functools.cached_property
     def births(self) -> tuple[Birth | None, Birth | None]:
@@ -243,6 +229,19 @@ class Evidence:
         """One pass at the end of the training as given."""
         return self.instrument.measure(self.main.values)
 
+    def kept(self, run: Run) -> float | None:
+        """How much of the output's spread over the data is left at the end of a training.
+
+        The standard deviation over the inputs, relative to that at the given parameters: 1e-6 of a
+        model whose output no longer depends on its input. None where there is no output to look at.
+        """
+        before = output_spread(self, self.initial)
+        if not before or run.stopped is not None:
+            return None
+        final = self.final if run is self.main else self.instrument.measure(run.values)
+        after = output_spread(self, final)
+        return None if after is None else after / before
+
     # ----------------------------------------------------------------------------- optimizer
 
     @property
@@ -285,6 +284,21 @@ class Evidence:
         first = int(np.argmax(moved))
         second = np.flatnonzero(moved[first + 1 :])
         return int(second[0]) + 1 if second.size else first + 1
+
+
+def output_spread(evidence: Evidence, measured: Measurement) -> float | None:
+    """Standard deviation of the model's output over the data, mean over its units."""
+    for value in reversed(evidence.structure.outputs):
+        tensor = measured.tensors.get(value)
+        if tensor is None or not np.isfinite(tensor.row["rms"]).all():
+            continue
+        if tensor.units.shape[-1]:
+            return float(tensor.units[..., 3, :].mean())
+        rms, mean = np.max(tensor.row["rms"]), np.max(tensor.row["mean"])
+        if np.isnan(tensor.row["example_share"]).all():  # one number an example
+            return math.sqrt(max(float(rms**2 - mean**2), 0.0))
+        return float(rms) * math.sqrt(float(np.nanmax(tensor.row["example_share"])))
+    return None
 
 
 def leaf_index(evidence: Evidence) -> dict[str, int]:

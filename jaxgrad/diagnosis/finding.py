@@ -2,6 +2,7 @@
 
 import fnmatch
 import html
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,7 @@ class Report:
         facts: what was measured of the run as a whole.
         notes: what the reader must know about the reading itself: opaque regions, parameters that
             no row covers, probes that could not be run.
+        course: what the pictures of the page are drawn from, or None.
     """
 
     primary: Finding | None
@@ -91,6 +93,7 @@ class Report:
     rows: tuple[dict[str, Any], ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    course: Any = field(default=None, repr=False, compare=False)
 
     @property
     def verdict(self) -> str:
@@ -116,7 +119,8 @@ class Report:
         """Writes the report.
 
         Args:
-            path: a file; ``.json`` gives `to_dict`, ``.html`` a page that stands alone.
+            path: a file; ``.json`` gives `to_dict`, ``.html`` a page that stands alone, with
+                pictures where matplotlib is installed (``pip install 'jaxgrad[report]'``).
 
         Returns:
             The path.
@@ -128,14 +132,22 @@ class Report:
         if path.suffix not in (".json", ".html"):
             raise ValueError(f"save(path): expected a .json or .html file, got {path.name!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = store.to_json(self.to_dict(), indent=2)
-        if path.suffix == ".html":
-            text = (
-                '<!doctype html><meta charset="utf-8"><title>jaxgrad diagnosis</title>'
-                f"<pre>{html.escape(str(self))}</pre>\n"
-            )
+        page = path.suffix == ".html"
+        text = self._page() if page else store.to_json(self.to_dict(), indent=2)
         _ = path.write_text(text, encoding="utf-8")
         return path
+
+    def _page(self) -> str:
+        try:
+            # by name: the room of reports reads this one, and this is the one way back
+            room = importlib.import_module("jaxgrad.report.diagnosis_page")
+        except ImportError as error:
+            words = f"{self}\n\nnote: no pictures ({error}): pip install 'jaxgrad[report]'"
+            return (
+                '<!doctype html><meta charset="utf-8"><title>jaxgrad diagnosis</title>'
+                f"<pre>{html.escape(words)}</pre>\n"
+            )
+        return room.diagnosis_page(self)
 
     def __str__(self) -> str:
         """The verdict, a card for each finding, and the table of layers."""

@@ -54,7 +54,7 @@ def nonfinite(evidence: Evidence) -> list[Finding]:
     if birth.backward and stage == "initial" and grows:
         quiet = evidence.instrument.measure(evidence.problem.values, scale=2.0**-60)
         if quiet.finite:
-            return [_exploding(where, facts)]
+            return [exploding(where, facts)]
     if not birth.backward and grows:
         if stage == "running":
             return []
@@ -92,7 +92,8 @@ def _nonfinite_data(evidence: Evidence) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _exploding(where: str, facts: dict[str, Any]) -> Finding:
+def exploding(where: str, facts: dict[str, Any]) -> Finding:
+    """The finding, at the layer where the gradient is largest."""
     return Finding(
         "gradient.exploding", "error", "initial", where,
         "Every layer, or step of the recurrence, enlarges the gradient on its way back.",
@@ -133,7 +134,7 @@ def gradient_scale(evidence: Evidence) -> list[Finding]:
         return _vanishing(evidence, (where, ratio, half), names)
     if ratio > 1e3 and evidence.stuck:
         facts = {"first_over_last": float(ratio), "threshold": 1e3}
-        return [_exploding(where, facts)]
+        return [exploding(where, facts)]
     return []
 
 
@@ -144,7 +145,7 @@ def _exploding_rows(evidence: Evidence) -> list[Finding]:
     if len(known) < 4 or known[0][1] < 1e3 * known[-1][1] or not evidence.stuck:
         return []
     facts = {"first_over_last": float(known[0][1] / known[-1][1]), "threshold": 1e3}
-    return [_exploding(known[0][0], facts)]
+    return [exploding(known[0][0], facts)]
 
 
 def _vanishing(
@@ -161,15 +162,17 @@ def _vanishing(
         "first_over_last": float(ratio), "threshold": 1e-3, "first_half_over_last": float(half),
         "layers": names[: len(names) // 2],
     }  # fmt: skip
-    return [
-        Finding(
-            "gradient.vanishing", severity, "initial", where,
-            f"The gradient shrinks to {ratio:.1g} of itself between the last and the first of "
-            f"{len(names)} activations.",
-            facts, fix("gradient.vanishing"), 0.85,
-            may_be_wrong="the first steps of a sequence do not matter for this task",
-        )
-    ]  # fmt: skip
+    return [vanishing(where, severity, ratio, facts)]
+
+
+def vanishing(where: str, severity: str, ratio: float, facts: dict[str, Any]) -> Finding:
+    """The finding: `ratio` of the first to the last gradient, and what else is known."""
+    return Finding(
+        "gradient.vanishing", severity, "initial", where,
+        f"The gradient shrinks to {ratio:.1g} of itself between the last layer and the first.",
+        facts, fix("gradient.vanishing"), 0.85,
+        may_be_wrong="the first steps of a sequence do not matter for this task",
+    )  # fmt: skip
 
 
 def underflow(evidence: Evidence) -> list[Finding]:

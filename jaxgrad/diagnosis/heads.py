@@ -59,10 +59,12 @@ def output_mismatch(evidence: Evidence) -> list[Finding]:
     return found or _broadcast_error(evidence) or _batch_softmax(evidence)
 
 
-def _mismatch(where: str, cause: str, evidence: dict[str, Any], confidence: float) -> Finding:
+def _mismatch(
+    where: str, cause: str, evidence: dict[str, Any], confidence: float, kind: str = ""
+) -> Finding:
     return Finding(
         "loss.output_mismatch", "error", "static", where, cause, evidence,
-        fix("loss.output_mismatch"), confidence,
+        fix(f"loss.output_mismatch{kind}"), confidence,
     )  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def _log_of_raw(evidence: Evidence) -> list[Finding]:
                 _mismatch(
                     head.where,
                     "The loss takes the logarithm of outputs that are no probabilities.",
-                    {"smallest": lowest, "threshold": 0.0}, 0.93,
+                    {"smallest": lowest, "threshold": 0.0}, 0.93, " (log)",
                 )
             ]  # fmt: skip
     return []
@@ -140,7 +142,7 @@ def _broadcast_error(evidence: Evidence) -> list[Finding]:
                     difference.where,
                     f"Prediction and target broadcast against each other: {before} minus "
                     f"({after[0]},) is {after}, every prediction against every target.",
-                    {"prediction": str(before), "difference": str(after)}, 0.95,
+                    {"prediction": str(before), "difference": str(after)}, 0.95, " (shapes)",
                 )
             ]  # fmt: skip
     return []
@@ -155,7 +157,7 @@ def _batch_softmax(evidence: Evidence) -> list[Finding]:
             return [
                 _mismatch(
                     head.where, "The softmax runs over the batch, not over the classes.",
-                    {"shape": str(shape), "axis": 0}, 0.85,
+                    {"shape": str(shape), "axis": 0}, 0.85, " (axis)",
                 )
             ]  # fmt: skip
     return []

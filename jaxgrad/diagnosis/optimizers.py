@@ -18,14 +18,17 @@ def clip_after_update(evidence: Evidence) -> list[Finding]:
     if order is None or order.intentional or order not in ("after", "mixed"):
         return []
     after = [name for name, verdict in order.leaves.items() if verdict == "after"]
-    if not after:
-        return []
+    return clip_after_finding(str(order), after, list(order.steps)) if after else []
+
+
+def clip_after_finding(order: str, after: list[str], steps: list[str]) -> list[Finding]:
+    """The finding; `after` names the leaves of the state that see unclipped gradients."""
     return [
         Finding(
             "optimizer.clip_after_update", "error", "static", "optimizer",
             "The clip comes after the rule's state, so unclipped gradients enter its moments and "
             "the clip caps the finished update instead.",
-            {"order": str(order), "layers": after, "steps": list(order.steps)},
+            {"order": order, "layers": after, "steps": steps},
             fix("optimizer.clip_after_update"), 0.98,
             may_be_wrong="the update is meant to be clipped, as in Adafactor",
         )
@@ -110,13 +113,18 @@ def clip_always(evidence: Evidence) -> list[Finding]:
     order = evidence.clip
     if order is None or order not in ("before", "both", "stateless", "mixed"):
         return []
-    threshold = _threshold(evidence)
+    threshold = evidence.clip_norm = _threshold(evidence)
     losses, norms = evidence.main.losses, evidence.main.gradient_norms
     learning = losses > 0.1 * losses[0] if losses[0] > 0 else np.isfinite(losses)
     norms = norms[np.isfinite(norms) & learning]  # a converged model has nothing to clip
     if threshold is None or not norms.size:
         return []
-    share, ratio = float(np.mean(norms > threshold)), float(np.median(norms) / threshold)
+    return clip_always_finding(norms, np.full_like(norms, threshold))
+
+
+def clip_always_finding(raw: np.ndarray, clipped: np.ndarray) -> list[Finding]:
+    """The finding, if there is one: norms before the clip, and what it leaves of them, (T,)."""
+    share, ratio = float(np.mean(raw > clipped * (1 + 1e-6))), float(np.median(raw / clipped))
     if share < 0.9 or ratio < 10:
         return []
     return [
@@ -124,9 +132,9 @@ def clip_always(evidence: Evidence) -> list[Finding]:
             "optimizer.clip_always", "warning", "running", "optimizer",
             f"The clip is active at {share:.0%} of the steps and divides the gradient by "
             f"{ratio:.3g} in the median: it sets the step size.",
-            {"share_clipped": share, "ratio": ratio, "clip_norm": threshold,
-             "raw_norm_90th_percentile": float(np.quantile(norms, 0.9)), "threshold": 10.0},
-            fix("optimizer.clip_always", threshold=float(np.quantile(norms, 0.9))), 0.88,
+            {"share_clipped": share, "ratio": ratio, "clip_norm": float(np.median(clipped)),
+             "raw_norm_90th_percentile": float(np.quantile(raw, 0.9)), "threshold": 10.0},
+            fix("optimizer.clip_always", threshold=float(np.quantile(raw, 0.9))), 0.88,
             may_be_wrong="normalized gradients are meant",
         )
     ]  # fmt: skip

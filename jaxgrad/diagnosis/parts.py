@@ -116,6 +116,13 @@ class Structure:
     residual_sums: list[Value] = field(default_factory=list)
 
     @property
+    def outputs(self) -> list[Value]:
+        """What the model returns: logits, predictions, what a log-sigmoid is taken of."""
+        found = [d.prediction for d in self.differences]
+        found += [h.source for h in self.log_heads]
+        return found + [s.source for s in self.softmaxes if s.head]
+
+    @property
     def attention(self) -> list[Softmax]:
         """The softmaxes that are no heads."""
         return [s for s in self.softmaxes if not s.head]

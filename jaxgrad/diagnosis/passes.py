@@ -31,6 +31,11 @@ SATURATED = 0.97
 _BACKWARD = ("gradient_rms", "gradient_max", "gradient_nonfinite")
 
 
+# What is measured of a unit: the last three are the shares of the data on which a rectifier, a tanh
+# and a sigmoid work: they are neither silent nor at their bounds.
+UNITS = ("low", "high", "mean", "std", "active", "inside_tanh", "inside_sigmoid")
+
+
 _MAX_UNITS = 4096
 
 
@@ -65,11 +70,12 @@ def _forward_row(x: Array) -> Array:
 
 
 def _units(x: Array, axis: int, count: int) -> Array:
-    """Smallest, largest, mean and spread of every unit over the data."""
+    """Of every unit over the data: see `UNITS`."""
     if count == 0:
-        return jnp.zeros((4, 0))
+        return jnp.zeros((len(UNITS), 0))
     x = jnp.moveaxis(jax.lax.stop_gradient(x).astype(jnp.float32), axis, -1).reshape(-1, count)
-    return jnp.stack([x.min(0), x.max(0), x.mean(0), x.std(0)])
+    shares = [x != 0, jnp.abs(x) <= SATURATED, jnp.abs(2 * x - 1) <= SATURATED]
+    return jnp.stack([x.min(0), x.max(0), x.mean(0), x.std(0), *(s.mean(0) for s in shares)])
 
 
 def _backward_row(x: Array) -> Array:
@@ -120,7 +126,7 @@ class Tensor:
 
     Attributes:
         row: forward statistics by name, each of shape lengths.
-        units: smallest, largest, mean and spread of every unit, (*lengths, 4, units).
+        units: what `UNITS` says of every unit, (*lengths, len(UNITS), units).
         unit_gradients: the same of the cotangent's magnitude.
     """
 
@@ -172,7 +178,7 @@ class Instrument:
         wanted: list[Value] = []
         for activation in structure.activations:
             wanted += [activation.source, activation.output]
-        wanted += [s.scores for s in structure.attention]
+        wanted += [s.scores for s in structure.attention] + structure.outputs
         self.place: dict[Value, Value] = {}
         for value in wanted:
             at = tappable(value, wiring)
@@ -195,7 +201,7 @@ class Instrument:
             lengths = self.lengths[value]
             slots[i] = {
                 "row": jnp.zeros((*lengths, len(_BACKWARD))),
-                f"units{axis}": jnp.zeros((*lengths, 4, units)),
+                f"units{axis}": jnp.zeros((*lengths, len(UNITS), units)),
             }
         return slots
 

@@ -55,13 +55,13 @@ def blocked(evidence: Evidence) -> list[Finding]:
 
 
 def _blocked(evidence: Evidence, op: Op, value: Value, names: list[str], severity: str) -> Finding:
-    where = evidence.wiring.layer(value)
+    where = evidence.wiring.layer(value) or names[0]  # a leaf that is stopped itself
     line = source_line(op)
     what = f"{op.name}" + (f" ({line})" if line else "")
     return Finding(
         "gradient.blocked", severity, "static", where,
-        f"The gradient ends at {what}, behind {where or 'the parameters'}: {len(names)} parameter "
-        f"leaves that the loss depends on get none.",
+        f"The gradient ends at {what}, behind {where}: {len(names)} parameter leaves that the loss "
+        "depends on get none.",
         {"operation": op.name, "line": line, "layers": names}, fix("gradient.blocked"), 0.95,
         may_be_wrong="these parameters are frozen on purpose: say so with trainable=",
     )  # fmt: skip

@@ -14,7 +14,10 @@ from jaxgrad.diagnosis.training import Run, Trainer
 
 # a run that takes this share off its loss is not compared with lower rates
 _WELL = 0.5
-_SLOW = 10.0**-4.5  # update RMS over weight RMS; healthy runs stand between 1e-2 and 1e-4
+# Share of its spread over the data that an output has left: of a collapsed one at most, of another
+# one at least.
+_FORGOTTEN, _REMEMBERED = 1e-3, 0.03
+SLOW = 10.0**-4.5  # update RMS over weight RMS; healthy runs stand between 1e-2 and 1e-4
 
 
 def learning_rate(evidence: Evidence) -> list[Finding]:
@@ -26,9 +29,31 @@ def learning_rate(evidence: Evidence) -> list[Finding]:
     too_low = _too_low(evidence)
     if too_low:
         return too_low
-    if evidence.progress(evidence.main) >= _WELL and not _shaken(evidence):
+    collapsed = _collapse(evidence)
+    well = evidence.progress(evidence.main) >= _WELL and not _shaken(evidence)
+    if well and not collapsed:
         return []
-    return _too_high(evidence)
+    return _too_high(evidence, collapsed)
+
+
+def _collapse(evidence: Evidence) -> dict[str, float]:
+    """Facts on an output that came to forget its input, where gentler steps keep it.
+
+    The loss shows nothing of it: it falls to the entropy of the labels' own distribution and stays
+    there, as that of a healthy run does for a while.
+    """
+    run = evidence.main
+    kept = evidence.kept(run)
+    if kept is None or kept > _FORGOTTEN or evidence.progress(run) > 0.9:
+        return {}
+    others = {
+        "spread_kept_at_a_tenth": evidence.kept(evidence.run(scale=0.1)),
+        "spread_kept_at_a_hundredth": evidence.kept(evidence.run(scale=0.01)),
+    }
+    found = {name: value for name, value in others.items() if value is not None}
+    if max(found.values(), default=0.0) < max(_REMEMBERED, 100 * kept):
+        return {}
+    return {"spread_kept": kept, "threshold": _FORGOTTEN} | found
 
 
 def _shaken(evidence: Evidence) -> bool:
@@ -40,7 +65,7 @@ def _shaken(evidence: Evidence) -> bool:
 
 def _too_low(evidence: Evidence) -> list[Finding]:
     run = evidence.main
-    if run.stopped is not None or run.update_ratio > _SLOW or evidence.warms_up:
+    if run.stopped is not None or run.update_ratio > SLOW or evidence.warms_up:
         return []
     own = evidence.progress(run)
     if own > 0.05:
@@ -63,14 +88,14 @@ def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
         "lr.too_low", "error", "counterfactual", "optimizer",
         f"In {len(run.losses)} steps the updates took {evidence.progress(run):.2%} off the loss; "
         f"{scale:g} times larger ones take off {gained:.0%}.",
-        {"update_over_weight": run.update_ratio, "threshold": _SLOW,
+        {"update_over_weight": run.update_ratio, "threshold": SLOW,
          "loss_as_given": run.last, "scale": scale, "taken_off_at_scale": gained},
         fix("lr.too_low", factor=scale), 0.9,
         may_be_wrong="a schedule raises the rate later",
     )  # fmt: skip
 
 
-def _too_high(evidence: Evidence) -> list[Finding]:
+def _too_high(evidence: Evidence, collapsed: dict[str, float]) -> list[Finding]:
     run = evidence.main
     own = evidence.progress(run)
     best, factor = own, 1.0
@@ -82,13 +107,14 @@ def _too_high(evidence: Evidence) -> list[Finding]:
             break
     post = is_post_ln(evidence)
     if post and not evidence.warms_up:
-        found = _post_ln(evidence, best)
+        found = _post_ln(evidence, best, collapsed)
         if found:
             return found
-    if not math.isfinite(best) or best < max(0.1, 2 * own):
+    better = math.isfinite(best) and best >= max(0.1, 2 * own) and not _moves_little(run)
+    if not better and not collapsed:
         return []
-    if _moves_little(run):
-        return []
+    if factor == 1.0:  # no rate gets further yet, but a lower one keeps what the output knows
+        factor = 0.1 if collapsed.get("spread_kept_at_a_tenth", 0.0) > _REMEMBERED else 0.01
     small = _batch_too_small(evidence, own)
     if small:
         return small
@@ -98,10 +124,11 @@ def _too_high(evidence: Evidence) -> list[Finding]:
             (f"The training breaks down at step {run.stopped}" if run.stopped is not None
              else f"The training gets to a loss of {run.last:.3g}")
             + f"; with updates {1 / factor:g} times smaller it gets to "
-            f"{evidence.run(scale=factor).last:.3g}.",
+            f"{evidence.run(scale=factor).last:.3g}"
+            + (", and its output still depends on its input." if collapsed else "."),
             {"first_loss": run.first, "loss_as_given": run.last, "scale": factor,
              "loss_at_scale": evidence.run(scale=factor).last,
-             "update_over_weight": run.update_ratio},
+             "update_over_weight": run.update_ratio} | collapsed,
             fix("lr.too_high", factor=factor), 0.9,
         )
     ]  # fmt: skip
@@ -122,7 +149,7 @@ def is_post_ln(evidence: Evidence) -> bool:
     return post >= 4 and post > sum(n.copies for n in norms if not n.post)
 
 
-def _post_ln(evidence: Evidence, best: float) -> list[Finding]:
+def _post_ln(evidence: Evidence, best: float, collapsed: dict[str, float]) -> list[Finding]:
     own = evidence.progress(evidence.main)
     steps = evidence.steps
     warm = max(
@@ -130,17 +157,20 @@ def _post_ln(evidence: Evidence, best: float) -> list[Finding]:
         evidence.progress(evidence.run(scale=0.3, warmup=steps)),
     )
     cured = max(warm, best)
-    if cured < max(0.02, 2 * own):
+    if cured < max(0.02, 2 * own) and not collapsed:
         return []
     norm = next(n for n in evidence.structure.norms if n.post)
     return [
         Finding(
             "norm.post_ln_without_warmup", "error", "counterfactual", norm.where,
             "The norms stand on the residual path (Post-LN), and the learning rate starts at its "
-            "peak: the deep stack stalls, and gentler first steps mend it.",
+            "peak: the deep stack stalls"
+            + (f" with an output that forgot its input ({collapsed['spread_kept']:.0e} of its "
+               "spread over the data is left)" if collapsed else "")
+            + ", and gentler steps mend it.",
             {"loss_as_given": evidence.main.last, "taken_off": own,
              "taken_off_with_warmup": warm, "taken_off_at_lower_rates": best,
-             "norms": sum(n.copies for n in evidence.structure.norms if n.post)},
+             "norms": sum(n.copies for n in evidence.structure.norms if n.post)} | collapsed,
             fix("norm.post_ln_without_warmup"), 0.85,
             may_be_wrong="the learning rate is too high for any arrangement of norms",
         )

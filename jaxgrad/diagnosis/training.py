@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxgrad.diagnosis.problem import Problem
+from jaxgrad.monitor.summary import rounded_away
 
 REFERENCE_RATE = 1e-3
 
@@ -29,6 +30,7 @@ class Run:
         update_norms: norm of what was added to the parameters, (T,).
         alignment: cosine between update and negative gradient, (T,).
         weight_rms, gradient_rms, update_rms: of every leaf, (T, leaves).
+        rounded_away: share of every leaf's updates that did not change the parameter, (T, leaves).
         values: the last parameters; those of the first step that was not finite, if there is one.
         stopped: that step, or None.
     """
@@ -40,6 +42,7 @@ class Run:
     weight_rms: np.ndarray
     gradient_rms: np.ndarray
     update_rms: np.ndarray
+    rounded_away: np.ndarray
     values: list[Array]
     stopped: int | None
     loss_finite_at_stop: bool
@@ -188,7 +191,8 @@ class Trainer:
         finite = stopped is None or bool(rows["finite"][stopped])
         return Run(
             losses, rows["gradient_norm"], rows["update_norm"], rows["alignment"],
-            rows["weight_rms"], rows["gradient_rms"], rows["update_rms"], final, stopped, finite,
+            rows["weight_rms"], rows["gradient_rms"], rows["update_rms"], rows["rounded_away"],
+            final, stopped, finite,
         )  # fmt: skip
 
 
@@ -251,4 +255,5 @@ def _row(
         "loss": loss.astype(jnp.float32), "gradient_norm": gradient_norm,
         "update_norm": update_norm, "alignment": -jnp.sum(jnp.stack(cosines)),
         "weight_rms": weights, "gradient_rms": gradient, "update_rms": update,
+        "rounded_away": rounded_away(values, updates),
     }  # fmt: skip

@@ -155,6 +155,7 @@ class Recorder:
             leaves = inexact_leaves(like)
             if len(leaves) == len(flow.parameter_names):
                 facts["leaf_sizes"] = [int(np.prod(x.shape, dtype=int)) for x in leaves]
+                facts["leaf_ranks"] = [len(x.shape) for x in leaves]
         if params is not None and "leaf_dtypes" not in facts:
             facts["leaf_dtypes"] = [str(x.dtype) for x in inexact_leaves(params)]
         if not self._probed and params is not None:

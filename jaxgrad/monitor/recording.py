@@ -127,8 +127,8 @@ class Recording:
         names: the layers' rows, in forward order.
         parameter_names: the parameter leaves.
         site_parameters: of every row, the leaves of its layer.
-        facts: what is the same at every step: `classes`, `optimizer`, `leaf_sizes`, `leaf_dtypes`,
-            `opaque`, `uncovered`, where they are known.
+        facts: what is the same at every step: `classes`, `optimizer`, `leaf_sizes`, `leaf_ranks`,
+            `leaf_dtypes`, `opaque`, `uncovered`, where they are known.
         curve: `first`, `last` and `count` of the steps that a point stands for, (points,).
         mean, low, high: of every scalar of `jaxgrad.monitor.summary.SCALARS`, (points,) each.
         steps: the steps that are kept layer by layer, (S,).

@@ -15,7 +15,8 @@ import html
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
@@ -79,26 +80,32 @@ def profile(title: str, initial: Numbers, final: Numbers | None) -> str:
         series = [("at initialization", np.asarray(initial, np.float64), FIRST, "o", "-")]
         if final is not None:
             series.append(("after training", np.asarray(final, np.float64), LAST, "s", "--"))
-        low, high = _limits([values for _, values, *_ in series])
+        low, high = limits([values for _, values, *_ in series])
         for label, values, color, marker, line in series:
             _draw_profile(axes, values, (low, high), (label, color, marker, line))
         axes.set_title(title)
         axes.set_xlabel("layer, in forward order")
         axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-        _powers_of_ten(axes)
+        powers_of_ten(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
         if final is not None:
             axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
         return to_svg(figure, f"{title} by layer, on a logarithmic scale")
 
 
-def heat_map(names: Sequence[str], steps: Numbers, gradient_rms: np.ndarray) -> str:
+def heat_map(
+    names: Sequence[str],
+    steps: Numbers,
+    gradient_rms: np.ndarray,
+    title: str = "gradient RMS by layer and step",
+) -> str:
     """The logarithm of every layer's gradient RMS at every measured step.
 
     Args:
         names: the layers, in forward order, drawn from the top.
         steps: the measured steps, ascending.
         gradient_rms: of shape (len(steps), len(names)).
+        title: above the map.
 
     Returns:
         SVG text; a zero is left open (the page shows through), NaN and infinity are crossed.
@@ -117,25 +124,19 @@ def heat_map(names: Sequence[str], steps: Numbers, gradient_rms: np.ndarray) -> 
             figsize=(6.2, min(3.1 + 0.05 * max(0, len(names) - 20), 6)), layout="constrained"
         )
         axes = figure.add_subplot()
-        low, high = _limits([values.ravel()])
-        colors = mpl.colormaps["cividis"]
+        low, high = limits([values.ravel()])
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log10(values.T)
-        image = np.zeros((*logs.shape, 4))
-        finite = np.isfinite(logs)
-        image[finite] = colors((logs[finite] - low) / (high - low))
-        axes.imshow(image, aspect="auto", interpolation="nearest", extent=_extent(logs.shape))
+        image = colored(logs, (low, high))
+        axes.imshow(image, aspect="auto", interpolation="nearest", extent=extent(logs.shape))
         broken = ~np.isfinite(values.T)
-        _mark_cells(axes, broken, "x", ALARM)
-        _mark_cells(axes, values.T == 0, "v", FAINT)
-        axes.set_title("gradient RMS by layer and step")
+        mark_cells(axes, broken, "x", ALARM)
+        mark_cells(axes, values.T == 0, "v", FAINT)
+        axes.set_title(title)
         axes.set_xlabel("step")
-        _name_ticks(axes, names)
-        _step_ticks(axes, steps)
-        scale = ScalarMappable(Normalize(low, high), colors)
-        bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=24)
-        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        _powers_of_ten(bar.ax)
+        name_ticks(axes, names)
+        step_ticks(axes, steps)
+        color_bar(figure, axes, (low, high), powers=True)
         return to_svg(
             figure, "Heat map of the gradient RMS, layers from the top, steps to the right"
         )
@@ -172,6 +173,49 @@ def loss_curve(losses: Numbers) -> str:
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         return to_svg(figure, "Loss by step")
+
+
+@contextmanager
+def panel(
+    title: str, xlabel: str, size: tuple[float, float] = (3.9, 2.9), *, grid: bool = True
+) -> Iterator[tuple[Figure, Axes]]:
+    """A figure with one plot in the house style, to be drawn into and handed to `to_svg`.
+
+    Args:
+        title: above the plot.
+        xlabel: below it.
+        size: width and height in inches.
+        grid: whether it has a grid.
+    """
+    with mpl.rc_context({**_STYLE, "axes.grid": grid}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        axes.set_xlabel(xlabel)
+        yield figure, axes
+
+
+def whole_ticks(axes: Axes, count: int = 6) -> None:
+    """Ticks of the horizontal axis at whole numbers."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=count, min_n_ticks=1))
+
+
+def color_bar(figure: Figure, axes: Axes, span: tuple[float, float], *, powers: bool) -> None:
+    """The scale of a map's colors, logarithms as powers of ten."""
+    scale = ScalarMappable(Normalize(*span), mpl.colormaps["cividis"])
+    bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=24)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    if powers:
+        powers_of_ten(bar.ax)
+
+
+def colored(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
+    """The colors of a map, (..., 4); what is not finite stays transparent."""
+    image = np.zeros((*values.shape, 4))
+    finite = np.isfinite(values)
+    width = max(span[1] - span[0], 1e-12)
+    image[finite] = mpl.colormaps["cividis"]((values[finite] - span[0]) / width)
+    return image
 
 
 def to_svg(figure: Figure, description: str, variables: Mapping[str, str] = _VARIABLES) -> str:
@@ -225,7 +269,7 @@ def _draw_profile(
             )  # fmt: skip
 
 
-def _limits(series: Sequence[np.ndarray]) -> tuple[float, float]:
+def limits(series: Sequence[np.ndarray]) -> tuple[float, float]:
     """Powers of ten around all finite positive values, at least one decade apart."""
     values = np.concatenate([np.ravel(s) for s in series]) if series else np.zeros(0)
     values = values[np.isfinite(values) & (values > 0)]
@@ -244,7 +288,7 @@ def _power(exponent: float, _position: int | None = None) -> str:
     return "10" + str(round(exponent)).translate(digits)
 
 
-def _powers_of_ten(axes: Axes) -> None:
+def powers_of_ten(axes: Axes) -> None:
     """Ticks at powers of ten, or at 1, 2, 5 times them where the axis spans less than two."""
     low, high = axes.get_ylim()
     if high - low >= 2:
@@ -257,24 +301,28 @@ def _powers_of_ten(axes: Axes) -> None:
     axes.set_yticks(inside, [f"{10**tick:.1g}" for tick in inside])
 
 
-def _extent(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
+def extent(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
+    """The edges of a map's cells, rows from the top."""
     return (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
 
 
-def _mark_cells(axes: Axes, where: np.ndarray, mark: str, color: str) -> None:
+def mark_cells(axes: Axes, where: np.ndarray, mark: str, color: str) -> None:
+    """Marks cells of a map."""
     rows, columns = np.nonzero(where)
     if len(rows):
         size = float(np.clip(120 / max(where.shape), 1.5, 6))
         axes.plot(columns, rows, mark, mec=color, mfc="none", ms=size, mew=1.0, ls="none")
 
 
-def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
+def name_ticks(axes: Axes, names: Sequence[str]) -> None:
+    """Names on the vertical axis, every so-manyth where there are many."""
     every = max(1, -(-len(names) // 16))
     places = list(range(0, len(names), every))
     axes.set_yticks(places, [plain(names[i], 22) for i in places])
 
 
-def _step_ticks(axes: Axes, steps: Numbers) -> None:
+def step_ticks(axes: Axes, steps: Numbers) -> None:
+    """Steps on the horizontal axis of a map."""
     places = range(0, len(steps), max(1, -(-len(steps) // 6)))
     axes.set_xticks(places, [str(steps[i]) for i in places])
 
