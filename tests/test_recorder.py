@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from jaxgrad import monitor, store
+from jaxgrad.diagnosis import diagnose_run
 from jaxgrad.flow import value_and_grad_flow
 from jaxgrad.monitor.recording import Curve, Snapshots
 from jaxgrad.monitor.summary import EXPONENTS, SCALARS, exponents, rounded_away
@@ -69,6 +70,16 @@ def test_every_step_of_a_short_run_is_kept_with_its_numbers(run):
     assert run.facts["leaf_sizes"] == [16, 4] and run.facts["leaf_ranks"] == [2, 2]
     assert run.facts["leaf_dtypes"] == ["float32"] * 2
     assert run.facts["optimizer"]["clip_order"] == "stateless"
+
+
+def test_trees_that_do_not_match_the_flow_are_left_out_and_said(tmp_path):
+    value, flow, updates, grads = step(PARAMS, WATCHED.init(PARAMS))[2]
+    with monitor.Recorder(tmp_path / "run") as record:
+        record(0, value, flow, updates={"a": updates["a"], "b": None}, grads=grads)
+    run = monitor.load_recording(tmp_path / "run")
+    assert run.facts["unmatched_updates"] == "1 leaves beside 2 of the flow"
+    assert "update_rms" not in run.rows and np.isfinite(run.mean["update_norm"]).all()
+    assert any("updates that were recorded do not match" in n for n in diagnose_run(run).notes)
 
 
 def test_recording_inside_a_jitted_scan_gives_what_a_loop_gives(run, tmp_path):

@@ -104,6 +104,13 @@ def _notes(past: Past) -> list[str]:
         notes.append(f"the optimizer could not be probed: {recording.facts['optimizer']['error']}")
     if recording.chance is None:
         notes.append("the number of classes was not given to the recorder: chance is not known")
+    for key, words in recording.facts.items():
+        if key.startswith("unmatched_"):
+            what = key.removeprefix("unmatched_")
+            notes.append(
+                f"the {what} that were recorded do not match the parameters, and were left out "
+                f"leaf by leaf: {words}"
+            )
     if not recording.exact:
         notes.append("the run is long: points of its curves stand for several steps")
     notes += [f"not looked into: {name}" for name in recording.facts.get("opaque", [])]

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from jaxgrad import store
 from jaxgrad.graph.compat import Tracer
 from jaxgrad.monitor.recording import KIND, VERSION, Curve, Snapshots
-from jaxgrad.monitor.summary import SCALARS, summarize
+from jaxgrad.monitor.summary import SCALARS, matches, summarize
 from jaxgrad.optim.order import clip_order
 from jaxgrad.optim.reading import flattened, read_steps
 from jaxgrad.tree import inexact_leaves, map_inexact
@@ -118,7 +118,7 @@ class Recorder:
         Raises:
             ValueError: if the layers are not those of the steps before, or numbers do not ascend.
         """
-        self._note(flow, params if params is not None else updates, params)
+        self._note(flow, {"params": params, "updates": updates, "grads": grads})
         trees = (loss, flow, params, updates, grads, state)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves((step, trees))):
             from jax.experimental import io_callback
@@ -147,16 +147,21 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _note(self, flow: Any, like: PyTree, params: PyTree) -> None:
+    def _note(self, flow: Any, trees: dict[str, PyTree]) -> None:
         """The facts that are the same at every step."""
         self._writer.check(flow)
-        facts = self._writer.facts
-        if like is not None and "leaf_sizes" not in facts:
-            leaves = inexact_leaves(like)
-            if len(leaves) == len(flow.parameter_names):
+        facts, params = self._writer.facts, trees["params"]
+        for name, tree in trees.items():
+            if tree is not None and not matches(flow, tree):
+                found, wanted = len(inexact_leaves(tree)), len(flow.parameter_names)
+                facts[f"unmatched_{name}"] = f"{found} leaves beside {wanted} of the flow"
+        if "leaf_sizes" not in facts:
+            like = next((t for t in trees.values() if t is not None and matches(flow, t)), None)
+            if like is not None:
+                leaves = inexact_leaves(like)
                 facts["leaf_sizes"] = [int(np.prod(x.shape, dtype=int)) for x in leaves]
                 facts["leaf_ranks"] = [len(x.shape) for x in leaves]
-        if params is not None and "leaf_dtypes" not in facts:
+        if params is not None and "leaf_dtypes" not in facts and matches(flow, params):
             facts["leaf_dtypes"] = [str(x.dtype) for x in inexact_leaves(params)]
         if not self._probed and params is not None:
             self._probed = True

@@ -61,12 +61,18 @@ def summarize(
         found["weight_norm"] = _norm(params)
     if updates is not None:
         found["update_norm"] = _norm(updates)
-        found["update_rms"] = leaf_rms(inexact_leaves(updates)).astype(jnp.float32)
-        if params is not None:
+        if matches(flow, updates):
+            found["update_rms"] = leaf_rms(inexact_leaves(updates)).astype(jnp.float32)
+        if matches(flow, params, updates):
             found["rounded_away"] = rounded_away(inexact_leaves(params), inexact_leaves(updates))
-        if grads is not None:
+        if matches(flow, grads, updates):
             found["alignment"] = _alignment(grads, updates)
     return found
+
+
+def matches(flow: Any, *trees: PyTree) -> bool:
+    """Whether trees have one floating-point leaf for every parameter of the flow."""
+    return all(len(inexact_leaves(tree)) == len(flow.parameter_names) for tree in trees)
 
 
 def rounded_away(values: Sequence[Array], updates: Sequence[Array]) -> Array:
