@@ -1,11 +1,16 @@
 """Measurements that several experiments share."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
+
+from jaxgrad import nn
+from jaxgrad.nn import mlp
 
 Block = Callable[[PyTree, Array], Array]
 
@@ -40,3 +45,38 @@ def log_gains(
     _, inputs = lax.scan(forward, h, layers)
     _, gains = lax.scan(backward, g / jnp.linalg.norm(g), (layers, inputs), reverse=True)
     return gains
+
+
+def deep_mlp(key: Array, config: mlp.Config) -> dict[str, Any]:
+    """Parameters of a scanned perceptron, its blocks drawn in one vmapped call.
+
+    `mlp.init` draws block after block, which takes longer to compile than a deep net to train.
+
+    Args:
+        key: PRNG key; the draws are not those of `mlp.init`.
+        config: the model; `scan` must be set.
+
+    Returns:
+        As `mlp.init`.
+
+    Raises:
+        ValueError: for a model that is not scanned, and for Fixup, whose last layers are zero.
+    """
+    if not config.scan or config.residual == "fixup":
+        raise ValueError("config: expected a scanned model without Fixup")
+    norm, for_ends, for_blocks = nn.NORMS[config.norm], *jax.random.split(key)
+    single = replace(config, depth=1)
+    blocks = jax.vmap(lambda k: mlp.init(k, single)["blocks"])(
+        jax.random.split(for_blocks, config.depth)
+    )
+    blocks = jax.tree.map(lambda leaf: leaf[:, 0], blocks)
+    ends = mlp.init(for_ends, replace(config, depth=0))
+    if config.residual == "none":
+        return {**ends, "blocks": blocks}
+    # the rule's factors and first scalars depend on the depth
+    one, all_of = (nn.branch_gains(config.residual, nn.Site(n, norm)) for n in (1, config.depth))
+    for name, gain in (("inner", all_of.inner / one.inner), ("outer", all_of.last / one.last)):
+        blocks[name]["kernel"] *= gain
+    own = nn.residual_init(config.residual, config.width, nn.Site(config.depth, norm))
+    blocks["residual"] = nn.stack((own,) * config.depth)
+    return {**ends, "blocks": blocks}

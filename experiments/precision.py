@@ -1,0 +1,350 @@
+"""What do fp16, bf16 and float32 lose of a gradient, and of a product of 1,000 Jacobians?"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from experiments.atlas import casting, drawing, frame, measuring, products, training
+from jaxgrad import data as real_data
+from jaxgrad import nn, optim
+from jaxgrad.nn import mlp
+
+# The largest magnitude that the cast to fp16 rounds to zero is 2^-25, half a subnormal.
+ZERO_EXPONENT = -25
+MEDIAN = 0.6745  # of |z|, z standard normal
+TOLERATED = 0.01  # a share of lost elements that a layer can do without
+LEARNED = 0.6  # accuracy on held-out digits; chance is 0.1
+LABELS = {"torch_linear": "PyTorch default", "xavier_normal": "Xavier", "he_normal": "He"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The sweep; all seeds, and all loss scales, in one call.
+
+    Attributes:
+        nets: (activation, initializer) of the nets whose gradients are cast.
+        width: of their layers.
+        depth: number of layers.
+        seeds: networks a point.
+        batch: digits whose mean loss is differentiated.
+        scales: binary exponents of the loss scales.
+        train_depth: layers of the He ReLU net that is trained.
+        train_width: of its layers.
+        train_seeds: runs a setting.
+        train_scales: binary exponents of the factors of the loss; 2^-18 makes of a mean over 64
+            examples one over 16 million, as in training language models.
+        steps: of Adam.
+        rate: of Adam.
+        product: the products of Jacobians.
+    """
+
+    nets: tuple[tuple[str, str], ...] = (
+        ("sigmoid", "torch_linear"), ("sigmoid", "xavier_normal"), ("relu", "xavier_normal"),
+        ("relu", "he_normal"),
+    )  # fmt: skip
+    width: int = 64
+    depth: int = 50
+    seeds: int = 8
+    batch: int = 64
+    scales: tuple[int, ...] = (0, 10, 20)
+    train_depth: int = 6
+    train_width: int = 32
+    train_seeds: int = 3
+    train_scales: tuple[int, ...] = (-18, 0, 10)
+    steps: int = 150
+    rate: float = 3e-3
+    product: products.Config = field(default_factory=products.Config)
+
+
+# ----------------------------------------------------------------------------------------- flushing
+
+
+def _flushed(activation: str, config: Config) -> frame.Arrays:
+    """By seed and initializer: what casting loses of dL/dh, and how large it is."""
+    rules = _initializers(activation, config)
+    model = mlp.Config(64, 10, config.width, config.depth, activation, scan=True)
+    digits, scales = training.digits(), 2.0 ** jnp.asarray(config.scales)
+
+    def lost(params: Any, x: jax.Array, y: jax.Array) -> frame.Arrays:
+        h = nn.activation(activation)(nn.linear(params["embed"], x))
+        h, states = lax.scan(lambda h, p: (mlp.block(p, h, model), h), h, params["blocks"])
+
+        def loss(h: jax.Array) -> jax.Array:
+            return training.cross_entropy(nn.linear(params["readout"], h), y)
+
+        g = jax.grad(loss)(h)
+        run = jax.vmap(
+            lambda s, half: casting.backward(params["blocks"], states, s * g, half, model)
+        )
+        zero, finite = run(jnp.tile(scales, 2), jnp.repeat(jnp.asarray([True, False]), len(scales)))
+        return {
+            "log2_rms": casting.exact(params["blocks"], states, g, model),
+            "float16_zero": zero[: len(scales)],
+            "float16_finite": jnp.min(finite[: len(scales)], 1),
+            "bfloat16_zero": zero[len(scales)],
+        }
+
+    def one(key: jax.Array) -> frame.Arrays:
+        drawn = [measuring.deep_mlp(key, replace(model, initializer=rule)) for rule in rules]
+        x, y = training.draw(key, *digits, config.batch)
+        return jax.vmap(lambda params: lost(params, x, y))(nn.stack(tuple(drawn)))
+
+    out = frame.over_seeds(one, config.seeds)
+    out = {name: np.round(values, 4) for name, values in out.items()}
+    return {
+        **out,
+        "gain": np.asarray([casting.gain(activation, rule, config.width) for rule in rules]),
+    }
+
+
+def _initializers(activation: str, config: Config) -> list[str]:
+    return [rule for name, rule in config.nets if name == activation]
+
+
+# ------------------------------------------------------------------------------- training and norms
+
+
+def _trained(dtype: str, config: Config) -> frame.Arrays:
+    """Accuracy on held-out digits after Adam, by loss scale."""
+    model = mlp.Config(64, 10, config.train_width, config.train_depth, scan=True, dtype=dtype)
+    digits, test = training.digits(), real_data.digits().test
+    x_test = jnp.asarray(test.x)
+
+    def one(key: jax.Array) -> frame.Arrays:
+        # one vector of parameters compiles sooner than a tree
+        params, tree_of = ravel_pytree(measuring.deep_mlp(key, model))
+        # epsilon is below all gradients; a step that overflows is skipped
+        adam = optim.apply_if_finite(optim.adam(config.rate, eps=1e-20), config.steps)
+
+        def run(scale: jax.Array) -> jax.Array:
+            def loss(params: Any, key: jax.Array) -> jax.Array:
+                x, y = training.draw(key, *digits, config.batch)
+                return scale * training.cross_entropy(mlp.apply(tree_of(params), x, model), y)
+
+            rule = _unscaled(adam, scale)
+            end, _ = training.train(loss, params, rule, key, config.steps)
+            return training.accuracy(mlp.apply(tree_of(end), x_test, model), test.y)
+
+        return {"accuracy": jax.vmap(run)(2.0 ** jnp.asarray(config.train_scales))}
+
+    return frame.over_seeds(one, config.train_seeds)
+
+
+def _unscaled(rule: Any, scale: jax.Array) -> Any:
+    """The rule, fed with a gradient divided by the loss scale."""
+
+    def update(grads: jax.Array, state: Any, params: Any = None) -> Any:
+        return rule.update(grads / scale, state, params)
+
+    return rule._replace(update=update)
+
+
+def points(config: Config) -> dict:
+    return {
+        **{a: partial(_flushed, a, config) for a in dict(config.nets)},
+        **{f"train-{d}": partial(_trained, d, config) for d in ("float32", "float16", "bfloat16")},
+        "products": partial(products.measure, config.product),
+        "norms": casting.norms,
+    }
+
+
+# ---------------------------------------------------------------------------------------- judgments
+
+
+def _nets(config: Config, data: frame.Data) -> dict[str, frame.Arrays]:
+    """The arrays of each net, seeds on the first axis; `gain` is a number."""
+    found = {}
+    for a, i in config.nets:
+        k, arrays = _initializers(a, config).index(i), data[a]
+        found[f"{a} ({LABELS[i]})"] = {
+            name: v[k] if name == "gain" else np.asarray(v)[:, k] for name, v in arrays.items()
+        }
+    return found
+
+
+def judge_range(config: Config, data: frame.Data) -> frame.Verdict:
+    """By net: unscaled bf16 makes at most 1 % of the elements zero, in every layer."""
+    good, words = {}, []
+    for name, arrays in _nets(config, data).items():
+        half, brain = arrays["float16_zero"][:, 0].mean(0), arrays["bfloat16_zero"].mean(0)
+        good[name] = bool(brain.max() <= TOLERATED)
+        size = arrays["log2_rms"][:, 0].mean()
+        words.append(
+            f"{name}: dL/dh_1 is 2^{size:.0f}, {half[0]:.0%} zero in fp16, {brain[0]:.0%} in bf16"
+        )
+    return frame.conclude(good, "; ".join(words))
+
+
+def layers_to_loss(arrays: frame.Arrays) -> tuple[np.ndarray, float]:
+    """Layers until fp16 has lost half of the elements: measured (one a seed), predicted.
+
+    Predicted: (25 + log2(0.6745 rms of the output's gradient)) / |log2 gain|; inf for gains of one
+    or more, and where half are never lost.
+    """
+    zero = np.asarray(arrays["float16_zero"])[:, 0, ::-1]
+    layers = np.where((zero >= 0.5).any(1), (zero >= 0.5).argmax(1) + 1.0, np.inf)
+    start, rate = np.mean(arrays["log2_rms"][:, -1]), -np.log2(arrays["gain"])
+    room = start + np.log2(MEDIAN) - ZERO_EXPONENT
+    return layers, float(room / rate) if rate > 1e-3 else np.inf
+
+
+def judge_depth(config: Config, data: frame.Data) -> frame.Verdict:
+    """By net that should lose half within the depth: the layer is predicted to 10 %, or to one."""
+    good, words, divergence = {}, [], 0.0
+    for name, arrays in _nets(config, data).items():
+        layers, predicted = layers_to_loss(arrays)
+        if predicted > config.depth and not np.isfinite(layers).any():
+            words.append(f"{name}: never within {config.depth}, as predicted")
+            continue
+        # a net that never loses half counts as losing it after the last layer
+        mean = float(np.mean(np.minimum(layers, config.depth + 1)))
+        good[name] = bool(abs(mean - predicted) <= max(1.0, 0.1 * predicted))
+        divergence = max(divergence, abs(float(np.log(mean / predicted))))
+        words.append(f"{name}: {mean:.1f} layers, predicted {predicted:.1f}")
+    return frame.conclude(good, "; ".join(words), divergence=divergence)
+
+
+def judge_scaling(config: Config, data: frame.Data) -> frame.Verdict:
+    """By net: at some scale fp16 loses at most 1 % in every layer, and nothing overflows."""
+    good, words = {}, []
+    for name, arrays in _nets(config, data).items():
+        lost = np.mean(arrays["float16_zero"], 0).max(1)
+        whole = np.asarray(arrays["float16_finite"]).min(0) == 1
+        good[name] = bool(np.any((lost <= TOLERATED) & whole))
+        shares = ", ".join(
+            f"x 2^{s}: {share:.0%}" + ("" if ok else " and overflow")
+            for s, share, ok in zip(config.scales, lost, whole, strict=True)
+        )
+        words.append(f"{name} spans 2^{np.ptp(arrays['log2_rms'].mean(0)):.0f}, lost {shares}")
+    return frame.conclude(good, "; ".join(words))
+
+
+def judge_training(config: Config, data: frame.Data) -> frame.Verdict:
+    """By half precision and scale: mean held-out accuracy is within 0.1 of float32's."""
+    reference = float(np.mean(data["train-float32"]["accuracy"]))
+    good, words = {}, [f"float32 {reference:.2f}, whatever the factor"]
+    for dtype in ("float16", "bfloat16"):
+        for index, scale in enumerate(config.train_scales):
+            name = f"{dtype} x 2^{scale}"
+            mean, low, high = frame.interval(data[f"train-{dtype}"]["accuracy"][:, index])
+            good[name] = bool(abs(mean - reference) < 0.1) and reference > LEARNED
+            words.append(f"{name} {mean:.2f} [{low:.2f}, {high:.2f}]")
+    return frame.conclude(good, "; ".join(words))
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def figures(config: Config, data: frame.Data) -> list[Any]:
+    first, axes = drawing.panels(2, width=9.6, height=3.8)
+    depth = np.arange(1, config.depth + 1)
+    for index, (name, arrays) in enumerate(_nets(config, data).items()):
+        shares = arrays["float16_zero"][:, 0, ::-1], arrays["bfloat16_zero"][:, ::-1]
+        for ax, lost in zip(axes, shares, strict=True):
+            drawing.line(ax, index, depth, lost, name, markevery=7)
+    for ax, title in zip(axes, ("fp16", "bf16"), strict=True):
+        drawing.words(ax, f"{title}: elements of dL/dh lost", "layers passed", "share zero")
+        ax.set_ylim(-0.03, 1.03)
+    second, axes = drawing.panels(2, width=9.6, height=3.8)
+    arrays, product = data["products"], config.product
+    at, width = products.depths(product), product.width
+    for index, mode in enumerate(products.modes(product)):
+        for way, style in (("graded", "-"), ("plain", ":")):
+            label = f"s_{mode + 1}, {way}"
+            values = np.maximum(arrays[way][..., index], -2.2 * product.depth)
+            drawing.line(axes[0], index, at, values, label, linestyle=style, markevery=6)
+    drawing.words(axes[0], "products in float32", "layers", "ln singular value")
+    axes[0].set_xscale("log")
+    axes[0].set_yscale("symlog", linthresh=10)
+    modes = np.arange(2, width + 1)
+    drawing.line(axes[1], 0, modes, arrays["lost_at"][:, 1:], "measured")
+    drawing.theory(axes[1], modes, products.lost_at_predicted(product)[1:], "ln(1/eps) / gap")
+    drawing.words(axes[1], "layers until rounding hides it", "singular value", "layers")
+    axes[1].set_yscale("log")
+    return [first, second]
+
+
+CLAIMS = (
+    frame.Claim(
+        key="range",
+        statement="fp16 loses small gradients; bf16 keeps them, for it has float32's range.",
+        predicted="zero below 2^-25 in fp16; below 2^-126 in bf16, as XLA flushes subnormals",
+        judge=judge_range,
+        intuition="bf16 fails where float32 fails: it moves the problem of a vanishing gradient, "
+        "and solves only that of a small loss.",
+    ),
+    frame.Claim(
+        key="depth",
+        statement="At a gain g a layer, fp16 loses a gradient within 25 / |log2 g| layers.",
+        predicted="(25 + log2(0.67 rms)) / |log2 sqrt(chi_1)| layers; chi_1 by mean-field theory, "
+        "Schoenholz et al. 2017",
+        judge=judge_depth,
+        intuition="Nine sigmoid layers of PyTorch's default are enough: count binades, not layers.",
+    ),
+    frame.Claim(
+        key="loss_scale",
+        statement="Loss scaling keeps fp16 from losing gradients.",
+        predicted="as long as the layers' gradients span less than fp16's 40 binades: one factor "
+        "moves all of them (Micikevicius et al. 2018)",
+        judge=judge_scaling,
+        intuition="A loss scale moves the whole net; it cannot help layers that are further apart "
+        "than the type is wide. First cure the gain, then scale.",
+    ),
+    frame.Claim(
+        key="training",
+        statement="A net that trains in float32 trains in half precision.",
+        predicted="fp16 with a loss scale, bf16 without; Adam's step does not depend on the scale",
+        judge=judge_training,
+        intuition="Adam hides a gradient of 1e-8 in float32. In fp16 the same gradient is zero.",
+    ),
+    frame.Claim(
+        key="product_spectrum",
+        statement="The singular values of a deep net are those of the product of its Jacobians, "
+        "multiplied in float32.",
+        predicted="the j-th is lost after ln(1/eps) / (lambda_1 - lambda_j) layers: Newman 1986",
+        judge=lambda config, data: products.judge_spectrum(config.product, data["products"]),
+        intuition="A condition number of a deep product beyond 1e7 is a picture of rounding.",
+    ),
+    frame.Claim(
+        key="product_range",
+        statement="A product of 1,000 layers is out of float32's reach.",
+        predicted="0.9^k is zero at k = 829, 1.1^k infinite at k = 931; nothing is lost if every "
+        "mode keeps an exponent of its own (graded product)",
+        judge=lambda config, data: products.judge_range(config.product, data["products"]),
+        intuition="Range is a matter of bookkeeping, not of the type.",
+    ),
+    frame.Claim(
+        key="zero_norm",
+        statement="A gradient norm of 0 says that the gradient is 0.",
+        predicted="squares leave float32 below 1e-19 and above 1e19",
+        judge=lambda config, data: casting.judge_norm(data["norms"]),  # noqa: ARG005
+        intuition="Before you hunt a dead gradient, look at its largest element instead of its "
+        "norm. Clipping by such a norm turns 1e20 into 0.",
+    ),
+)
+
+EXPERIMENT = frame.Experiment(
+    name="precision",
+    question=__doc__,
+    claims=CLAIMS,
+    presets={
+        "tiny": Config(
+            nets=(("sigmoid", "torch_linear"),), width=16, depth=12, seeds=2, scales=(0, 16),
+            train_depth=2, train_width=8, train_seeds=2, train_scales=(0, 8), steps=20,
+            product=products.Config(width=4, depth=60, seeds=2),
+        ),
+        "quick": Config(),
+        "full": Config(
+            width=256, depth=100, seeds=32, train_depth=24, train_width=128, train_seeds=8,
+            steps=2000, product=products.Config(width=64, seeds=16),
+        ),
+    },
+    points=points,
+    figures=figures,
+)  # fmt: skip
