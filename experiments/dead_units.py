@@ -303,7 +303,8 @@ CLAIMS = (
         statement="A small positive bias keeps ReLU units alive.",
         predicted="fewer dead units than with bias 0 (Goodfellow et al. 2016, section 6.3.1: 0.1)",
         judge=judge_bias,
-        intuition="A bias of 0.1 moves births; what a large step kills, it kills with a bias too.",
+        intuition="A bias does not protect from a step that is too large; a large bias makes a net "
+        "unstable at a rate that was fine without it.",
     ),
     frame.Claim(
         key="shape",

@@ -50,7 +50,7 @@ class Config:
     )  # fmt: skip
     width: int = 64
     depth: int = 50
-    seeds: int = 8
+    seeds: int = 6
     batch: int = 64
     scales: tuple[int, ...] = (0, 10, 20)
     train_depth: int = 6
@@ -90,13 +90,13 @@ def _flushed(activation: str, config: Config) -> frame.Arrays:
             "bfloat16_zero": zero[len(scales)],
         }
 
-    def one(key: jax.Array) -> frame.Arrays:
-        drawn = [measuring.deep_mlp(key, replace(model, initializer=rule)) for rule in rules]
+    def one(key: jax.Array, nets: Any) -> frame.Arrays:
         x, y = training.draw(key, *digits, config.batch)
-        return jax.vmap(lambda params: lost(params, x, y))(nn.stack(tuple(drawn)))
+        return jax.vmap(lambda params: lost(params, x, y))(nets)
 
-    out = frame.over_seeds(one, config.seeds)
-    out = {name: np.round(values, 4) for name, values in out.items()}
+    models = [replace(model, initializer=rule) for rule in rules]
+    out = measuring.over_nets(one, models, config.seeds)
+    out = {name: np.round(values, 3) for name, values in out.items()}
     return {
         **out,
         "gain": np.asarray([casting.gain(activation, rule, config.width) for rule in rules]),
@@ -116,9 +116,9 @@ def _trained(dtype: str, config: Config) -> frame.Arrays:
     digits, test = training.digits(), real_data.digits().test
     x_test = jnp.asarray(test.x)
 
-    def one(key: jax.Array) -> frame.Arrays:
+    def one(key: jax.Array, nets: Any) -> frame.Arrays:
         # one vector of parameters compiles sooner than a tree
-        params, tree_of = ravel_pytree(measuring.deep_mlp(key, model))
+        params, tree_of = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], nets))
         # epsilon is below all gradients; a step that overflows is skipped
         adam = optim.apply_if_finite(optim.adam(config.rate, eps=1e-20), config.steps)
 
@@ -133,7 +133,7 @@ def _trained(dtype: str, config: Config) -> frame.Arrays:
 
         return {"accuracy": jax.vmap(run)(2.0 ** jnp.asarray(config.train_scales))}
 
-    return frame.over_seeds(one, config.train_seeds)
+    return measuring.over_nets(one, [replace(model, dtype=None)], config.train_seeds)
 
 
 def _unscaled(rule: Any, scale: jax.Array) -> Any:

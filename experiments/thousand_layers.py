@@ -15,7 +15,7 @@ from jaxgrad import optim, theory
 from jaxgrad.nn import mlp
 
 KEPT = float(np.log(10))  # nats by which a gradient may change on its way
-LEARNED = 0.5  # of held-out digits, by every seed; chance is 0.1
+LEARNED = 0.3  # of held-out digits after a few steps, by every seed: three times chance
 
 
 class Net(NamedTuple):
@@ -50,7 +50,7 @@ class Config:
     Attributes:
         nets: recipes by name.
         depth: blocks.
-        width: of the stream.
+        width: of the stream; below 20 the forward pass of He ReLU leaves float32, at 1,000 layers.
         seeds: runs a net.
         batch: digits a step.
         steps: of Adam.
@@ -60,10 +60,10 @@ class Config:
 
     nets: tuple[tuple[str, Net], ...] = tuple(NETS.items())
     depth: int = 1000
-    width: int = 16
+    width: int = 24
     seeds: int = 3
     batch: int = 16
-    steps: int = 100
+    steps: int = 70
     rates: tuple[float, ...] = (2e-4, 1e-3)
     clip: float = 1.0
 
@@ -85,10 +85,9 @@ def _measure(net: Net, config: Config) -> frame.Arrays:
     (x, y), test = training.digits(), real_data.digits().test
     x_test, every = jnp.asarray(test.x), max(1, config.steps // 25)
 
-    def one(key: jax.Array) -> frame.Arrays:
-        keys = jax.random.split(key)
-        params = measuring.deep_mlp(keys[0], model)
-        h, g = jax.random.normal(keys[1], (2, config.width))
+    def one(key: jax.Array, nets: Any) -> frame.Arrays:
+        params = jax.tree.map(lambda leaf: leaf[0], nets)
+        h, g = jax.random.normal(key, (2, config.width))
         gains = measuring.log_gains(lambda p, h: mlp.block(p, h, model), params["blocks"], h, g)
 
         # one vector of parameters compiles sooner than a tree
@@ -109,7 +108,7 @@ def _measure(net: Net, config: Config) -> frame.Arrays:
         passed = jnp.cumsum(gains[::-1])[shown(config.depth) - 1]
         return {"log_gain": passed, "accuracy": accuracy, "loss": losses}
 
-    return frame.over_seeds(one, config.seeds)
+    return measuring.over_nets(one, [model], config.seeds)
 
 
 def points(config: Config) -> dict:
@@ -147,7 +146,9 @@ def judge_flow(config: Config, data: frame.Data) -> frame.Verdict:
     """By net: the norm changes by at most a factor of 10 over all layers, in the mean of ln."""
     good, words, divergence, passed = {}, [], 0.0, shown(config.depth)
     for name, _ in config.nets:
-        mean, low, high = frame.interval(_ends(config, data, name))
+        ends = _ends(config, data, name)
+        # a gradient that is exactly zero lies below all of float32
+        mean, low, high = frame.interval(np.where(np.isfinite(ends), ends, np.log(1e-45)))
         theory_end = float(predicted(name, passed, config.width)[-1])
         good[name] = bool(abs(mean) <= KEPT)
         divergence = max(divergence, abs(float(mean) - theory_end))

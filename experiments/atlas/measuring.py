@@ -1,6 +1,7 @@
 """Measurements that several experiments share."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from experiments.atlas import frame
 from jaxgrad import nn
 from jaxgrad.nn import mlp
 
@@ -80,3 +82,29 @@ def deep_mlp(key: Array, config: mlp.Config) -> dict[str, Any]:
     own = nn.residual_init(config.residual, config.width, nn.Site(config.depth, norm))
     blocks["residual"] = nn.stack((own,) * config.depth)
     return {**ends, "blocks": blocks}
+
+
+@functools.cache
+def _drawing(config: mlp.Config) -> Callable[[Array], Any]:
+    # LLVM optimizes random draws for longer than a deep net takes to train; level 1 is a fifth
+    options = {"xla_backend_optimization_level": 1}
+    return jax.jit(jax.vmap(lambda key: deep_mlp(key, config)), compiler_options=options)
+
+
+def over_nets(
+    function: Callable[[Array, Any], Any], configs: Sequence[mlp.Config], seeds: int
+) -> Any:
+    """`frame.over_seeds` of a function of (key, nets), the nets drawn by a program of their own.
+
+    Args:
+        function: (key, parameters of `deep_mlp` with a leading axis of the configs) -> pytree.
+        configs: scanned models of equal shapes.
+        seeds: how many keys.
+
+    Returns:
+        numpy arrays with a leading axis of seeds.
+    """
+    keys = jax.random.split(jax.random.key(0), seeds)
+    drawn = [_drawing(config)(keys) for config in configs]
+    nets = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *drawn)
+    return jax.device_get(frame.compiled(jax.vmap(function))(keys, nets))
