@@ -92,14 +92,37 @@ def load(experiment: frame.Experiment, preset: str, folder: Path) -> dict[str, A
     A result of another config than the preset's present one is none: its numbers belong to another
     command.
     """
+    record = read(experiment, preset, folder)
+    return None if record is None or changed(experiment, preset, record) else record
+
+
+def read(experiment: frame.Experiment, preset: str, folder: Path) -> dict[str, Any] | None:
+    """The record of a stored result of any config, its data as arrays; None without a file.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
     path = folder / f"{experiment.name}-{preset}.json"
     if not path.is_file():
         return None
-    record = store.from_json(path.read_text(encoding="utf-8"))
-    if record["config"] != _facts(experiment.presets[preset]):
-        return None
-    data = {n: {k: _array(v) for k, v in a.items()} for n, a in record["data"].items()}
-    return {**record, "data": data}
+    try:
+        record = store.from_json(path.read_text(encoding="utf-8"))
+        data = {n: {k: _array(v) for k, v in a.items()} for n, a in record["data"].items()}
+        return {**record, "config": dict(record["config"]), "data": data}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise store.StoreError(
+            f"{path.name} is damaged ({type(error).__name__}: {error}); expected a result that "
+            f"`{command(experiment, preset)}` wrote. Run it again."
+        ) from error
+
+
+def changed(
+    experiment: frame.Experiment, preset: str, record: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The settings in which a record's config differs from the preset's present one."""
+    now, then = _facts(experiment.presets[preset]), record["config"]
+    absent = object()
+    return tuple(k for k in {**now, **then} if now.get(k, absent) != then.get(k, absent))
 
 
 def command(experiment: frame.Experiment, preset: str) -> str:
