@@ -199,7 +199,7 @@ def _weights(config: Config) -> frame.Arrays:
 
 
 def points(config: Config) -> dict:
-    chains = {f"chain-{name}": partial(_chain, name, config) for name in config.architectures}
+    chains = {f"chain-{a}": partial(_chain, a, config) for a in config.architectures}
     return {**chains, "hidden": partial(_hidden, config), "weights": partial(_weights, config)}
 
 

@@ -116,9 +116,7 @@ def figures(config: Config, data: frame.Data) -> list[Any]:
     for k, when in enumerate(("at first", "trained")):
         share = float(np.mean(np.asarray(data["digits"]["shrinks"])[:, k]))
         right.axhline(share, color=drawing.COLORS[k + 1], linestyle=":")
-        right.text(
-            x[-1], share, f"Pre-LN on digits, {when} ", ha="right", va="bottom", fontsize=8.5
-        )
+        right.text(x[0], share, f"Pre-LN on digits, {when}", va="bottom", fontsize=8.5)
     right.set(xscale="log", ylim=(-0.02, 0.7))
     right.set_xticks(config.scales, [f"{s:g}" for s in config.scales])
     right.minorticks_off()

@@ -56,6 +56,7 @@ def test_an_overflow_is_said_and_is_no_highway():
     assert found.condition == "Pre-LN, Post-LN" and "overflows" in found.measured
 
 
+@pytest.mark.slow
 def test_the_tiny_run_has_the_exact_laws(tiny):
     assert max(tiny.traces.values()) <= 1 and set(tiny.traces) == set(tiny.data)
     found = words(EXPERIMENT, TINY, tiny.data)
@@ -73,6 +74,7 @@ def test_the_tiny_run_has_the_exact_laws(tiny):
     assert tiny.data["fitted"]["log_gain"].sum(1).max() < np.log(0.5)
 
 
+@pytest.mark.slow
 def test_tampering_with_the_real_data_flips_the_verdicts(tiny):
     for key, point, name, change in (
         ("shift", "shift", "error", lambda a: 0 * a),
