@@ -48,6 +48,7 @@ def test_every_verdict_has_data_that_lead_to_it():
     assert mixed["weights"].divergence == pytest.approx(2)
 
 
+@pytest.mark.slow
 def test_the_tiny_run_is_exact(tiny):
     assert max(tiny.traces.values()) <= 1 and set(tiny.traces) == set(tiny.data)
     assert words(EXPERIMENT, TINY, tiny.data) == {
@@ -61,6 +62,7 @@ def test_the_tiny_run_is_exact(tiny):
         assert np.all(arrays["log_norms"] >= arrays["log_norm"] - 1e-5)
 
 
+@pytest.mark.slow
 def test_tampering_with_the_real_data_flips_the_verdicts(tiny):
     for key, point, name, change in (
         ("product", "chain-MLP", "error", lambda a: a + 0.1),
