@@ -27,7 +27,7 @@ from jaxgrad.optim.reading import chain_parts, flattened, read_steps
 from jaxgrad.tree import is_inexact_array, leaf_names
 
 Made = dict[str, Any]
-STEPS = 300
+STEPS, LONG = 300, 1000
 
 
 def _transformation(tx: Any) -> Any:
@@ -334,14 +334,19 @@ def cured(name: str, seed: int, made: Made, finding: Finding) -> tuple[Made | No
     return None, "none"
 
 
-def trains(made: Made, steps: int = STEPS) -> tuple[bool, float, float]:
-    """Whether a program takes 30 % off its loss, or off a guess's; first and last loss."""
+def trains(made: Made) -> tuple[bool, float, float]:
+    """Whether a program takes 30 % off its loss, or off a guess's; first and last loss.
+
+    Within a thousand steps, within 300 of a large model.
+    """
     problem = make_problem(
         made["loss"], made["params"], made["batch"], batches=made.get("batches"), has_aux=False,
         key=made.get("key"), trainable=made.get("trainable"),
     )  # fmt: skip
+    evidence = Evidence(problem, None, None)
+    steps = LONG if evidence.steps >= 160 else STEPS
     run: Run = Trainer(problem, made.get("optimizer"), steps).run()
-    base, chance = run.first, Evidence(problem, None, None).chance
+    base, chance = run.first, evidence.chance
     if chance is not None and base > 0:
         base = min(base, chance)
     taken = (base - run.last) / max(abs(base), 1e-12)

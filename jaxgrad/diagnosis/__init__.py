@@ -20,7 +20,7 @@ from jaxgrad.diagnosis import (
     units,
     weights,
 )  # fmt: skip
-from jaxgrad.diagnosis.course import course_of
+from jaxgrad.diagnosis.course import Course, course_of
 from jaxgrad.diagnosis.evidence import Evidence, forward_and_back
 from jaxgrad.diagnosis.finding import Finding as Finding
 from jaxgrad.diagnosis.finding import Report as Report
@@ -101,7 +101,7 @@ def diagnose(  # noqa: PLR0913, PLR0917 (a public signature)
     primary, findings = causes.judge(kept)
     rows = () if evidence.undifferentiable else _rows(evidence)
     facts = {} if evidence.undifferentiable else _facts(evidence)
-    course = None if evidence.undifferentiable else course_of(evidence)
+    course = None if evidence.undifferentiable else _course(evidence)
     return Report(primary, findings, rows, facts, tuple(evidence.notes), course)
 
 
@@ -115,6 +115,14 @@ def _apply_rules(evidence: Evidence) -> list[Finding]:
         except Exception as error:  # said in the report: one rule that fails must not hide the rest
             evidence.notes.append(f"rule {rule.__name__} failed: {type(error).__name__}: {error}")
     return found
+
+
+def _course(evidence: Evidence) -> Course | None:
+    try:
+        return course_of(evidence)
+    except Exception as error:  # the findings stand without pictures
+        evidence.notes.append(f"no pictures could be drawn: {type(error).__name__}: {error}")
+        return None
 
 
 def _rows(evidence: Evidence) -> tuple[dict[str, Any], ...]:

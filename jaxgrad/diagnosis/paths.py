@@ -46,12 +46,22 @@ def blocked(evidence: Evidence) -> list[Finding]:
         stopped_at[op] = value
         deliberate = not trained or _is_meant(evidence, ends)
         (meant if deliberate else lost).setdefault(op, []).append(name)
+    meant = _together(meant, [op for op in meant if wiring.is_weight(stopped_at[op])])
     if lost and _all_frozen(evidence, [n for names in lost.values() for n in names]):
         meant, lost = meant | lost, {}
     return [
         *(_blocked(evidence, op, stopped_at[op], names, "error") for op, names in lost.items()),
         *(_blocked(evidence, op, stopped_at[op], names, "info") for op, names in meant.items()),
     ]
+
+
+def _together(found: dict[Op, list[str]], leaves: list[Op]) -> dict[Op, list[str]]:
+    """Leaves that are each stopped themselves as one: a frozen base is one thing, not hundreds."""
+    if len(leaves) < 2:
+        return found
+    names = [name for op in leaves for name in found[op]]
+    rest = {op: names for op, names in found.items() if op not in leaves}
+    return {leaves[0]: names} | rest
 
 
 def _blocked(evidence: Evidence, op: Op, value: Value, names: list[str], severity: str) -> Finding:
