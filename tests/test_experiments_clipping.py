@@ -99,11 +99,11 @@ def test_the_tiny_run_has_the_rules_bounds(tiny):
 def test_tampering_with_the_real_data_flips_the_verdicts(tiny):
     for key, point, name, change in (
         ("before", "digits-SGD", "after_spike", lambda a: a + 5 * np.eye(len(NAMES))[4]),
-        ("after", "digits-SGD", "after_spike", lambda a: 0 * a),
+        ("after", "digits-SGD", "after_spike", lambda a: a + 5 * np.eye(len(NAMES))[5]),
         ("step", "digits-SGD", "spike_step", lambda a: 0 * a + 1e-3),
         ("memory", "digits-Adam", "later_rate", lambda a: 0 * a + 1),
         ("proportional", "digits-SGD", "mean_step", lambda a: 0 * a + 1),
-        ("rare", "digits-SGD", "engaged_last", lambda a: 1 - np.round(a)),
+        ("rare", "digits-SGD", "engaged_last", lambda a: 0 * a + (a[:, 1].mean() < 0.05)),
         ("text", "text", "loss", lambda a: a * [[[1], [0.5]]]),
         ("direction", "text", "value_cosine", lambda a: 0 * a + 1),
     ):
