@@ -111,6 +111,22 @@ class Evidence:
             return None
         return math.log(self.head.size)
 
+    @functools.cached_property
+    def marginal_entropy(self) -> float | None:
+        """Entropy of the labels' own distribution in the batch, in nats.
+
+        What a cross-entropy comes to when the output knows the labels' frequencies and nothing of
+        the input; None where no labels were found.
+        """
+        index = next((i for i in self.structure.indices if i.head), None)
+        if self.chance is None or index is None:
+            return None
+        labels = np.asarray(self.values.get(index.value, ()))
+        if not labels.size or not np.issubdtype(labels.dtype, np.integer):
+            return None
+        shares = np.unique(labels, return_counts=True)[1] / labels.size
+        return float(-np.sum(shares * np.log(shares)))
+
     @property
     def is_trained(self) -> bool:
         """Whether the given parameters already know something."""

@@ -103,17 +103,25 @@ def exploding(where: str, facts: dict[str, Any]) -> Finding:
 
 def flow_profile(evidence: Evidence) -> list[tuple[str, float]]:
     """Cotangent RMS at the hidden pre-activations, in forward order, iterations one by one."""
-    profile = []
+    profile, reached = [], _reached(evidence)
     for activation in evidence.hidden():
         tensor = evidence.initial.tensors.get(activation.source)
         if tensor is None or evidence.wiring.is_head(activation.output):
             continue
         sizes = np.atleast_1d(tensor.row["gradient_rms"]).reshape(-1)
+        if activation.where in reached and not sizes.any():
+            continue  # the loss uses the layer, not this value of it: its derivative, for instance
         many = len(sizes) > 1
         for k, size in enumerate(sizes):
             name = f"{activation.where}[{k}]" if many else activation.where
             profile.append((name, float(size)))
     return profile
+
+
+def _reached(evidence: Evidence) -> set[str]:
+    """Layers whose parameters receive a gradient."""
+    pairs = zip(evidence.problem.names, evidence.initial.grads, strict=True)
+    return {layer_of_leaf(evidence, name) for name, g in pairs if np.any(np.asarray(g) != 0)}
 
 
 def gradient_scale(evidence: Evidence) -> list[Finding]:

@@ -67,6 +67,8 @@ def _too_low(evidence: Evidence) -> list[Finding]:
     run = evidence.main
     if run.stopped is not None or run.update_ratio > SLOW or evidence.warms_up:
         return []
+    if evidence.is_trained and run.update_norms.max() > 0:
+        return []  # fine-tuning: small steps are meant
     own = evidence.progress(run)
     if own > 0.05:
         return []
@@ -110,7 +112,8 @@ def _too_high(evidence: Evidence, collapsed: dict[str, float]) -> list[Finding]:
         found = _post_ln(evidence, best, collapsed)
         if found:
             return found
-    better = math.isfinite(best) and best >= max(0.1, 2 * own) and not _moves_little(run)
+    better = best >= max(0.1, 2 * own) or _beyond_frequencies(evidence, run, factor)
+    better = better and math.isfinite(best) and not _moves_little(run)
     if not better and not collapsed:
         return []
     if factor == 1.0:  # no rate gets further yet, but a lower one keeps what the output knows
@@ -132,6 +135,18 @@ def _too_high(evidence: Evidence, collapsed: dict[str, float]) -> list[Finding]:
             fix("lr.too_high", factor=factor), 0.9,
         )
     ]  # fmt: skip
+
+
+def _beyond_frequencies(evidence: Evidence, run: Run, factor: float) -> bool:
+    """Whether a slower run learns far more than how often each label comes.
+
+    That much every run with a bias at its output learns, and it hides what another one is ahead.
+    """
+    guess = evidence.marginal_entropy
+    if not guess or factor == 1.0:
+        return False
+    own, best = (1 - r.last / guess for r in (run, evidence.run(scale=factor)))
+    return best >= max(0.2, 2 * own)
 
 
 def _moves_little(run: Run) -> bool:

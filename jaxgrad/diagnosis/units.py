@@ -1,5 +1,7 @@
 """Units that are silent, at their bounds, or all equal."""
 
+import math
+
 import numpy as np
 
 from jaxgrad.diagnosis.evidence import Evidence, leaf_index
@@ -13,7 +15,7 @@ def saturated(evidence: Evidence) -> list[Finding]:
     """Bounded units at their ends on most of the data."""
     if not evidence.initial.finite or evidence.is_trained:
         return []
-    shares = []
+    uses: dict[tuple[str, str], list[tuple[Activation, float, int]]] = {}
     for activation in evidence.hidden():
         tensor = evidence.initial.tensors.get(activation.output)
         if tensor is None or activation.kind not in ("tanh", "sigmoid"):
@@ -21,7 +23,14 @@ def saturated(evidence: Evidence) -> list[Finding]:
         if evidence.wiring.is_head(activation.output):
             continue
         share = float(np.nanmean(tensor.row[f"beyond_{activation.kind}"]))
-        shares.append((activation, share))
+        key = activation.where, activation.kind
+        size = math.prod(evidence.wiring.shape(activation.output))
+        uses.setdefault(key, []).append((activation, share, size))
+    # A layer that is called several times is saturated by all that it sees, not by one example.
+    shares = [
+        (calls[0][0], sum(s * size for _, s, size in calls) / max(sum(n for *_, n in calls), 1))
+        for calls in uses.values()
+    ]
     bad = [(a, s) for a, s in shares if s > 0.5]
     if not bad:
         return []
