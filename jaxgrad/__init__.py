@@ -49,10 +49,13 @@ if TYPE_CHECKING:
     from jaxgrad import store as store
     from jaxgrad import theory as theory
     from jaxgrad import tree as tree
+    from jaxgrad.calibration import Calibration as Calibration
     from jaxgrad.calibration import calibrate as calibrate
     from jaxgrad.diagnosis import Finding as Finding
     from jaxgrad.diagnosis import Report as Report
     from jaxgrad.diagnosis import diagnose as diagnose
+    from jaxgrad.diagnosis import diagnose_run as diagnose_run
+    from jaxgrad.stability import Stability as Stability
     from jaxgrad.stability import max_stable_learning_rate as max_stable_learning_rate
     from jaxgrad.stability import top_hessian_eigenvalue as top_hessian_eigenvalue
 
@@ -61,10 +64,13 @@ _ROOMS = (
     "checks", "data", "monitor", "nn", "optim", "precision", "recurrent", "store", "theory", "tree",
 )  # fmt: skip
 _NAMES = {
+    "Calibration": "calibration",
     "calibrate": "calibration",
     "diagnose": "diagnosis",
+    "diagnose_run": "diagnosis",
     "Finding": "diagnosis",
     "Report": "diagnosis",
+    "Stability": "stability",
     "max_stable_learning_rate": "stability",
     "top_hessian_eigenvalue": "stability",
 }
