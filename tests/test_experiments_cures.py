@@ -121,6 +121,8 @@ def test_the_tiny_run_traces_once_and_tampering_flips_its_verdicts(tmp_path):
     accuracy = result.data["matrix"]["accuracy"]
     assert accuracy.shape == (2, len(ROWS), len(COLUMNS)) and np.all(accuracy <= 1)
     assert JUDGES["together"](result.config, result.data).word == "false"
-    accuracy[:, 1:, COLUMNS.index("together")] = 1
-    assert JUDGES["together"](result.config, result.data).word == "holds"
+    tampered = accuracy.copy()
+    tampered[:, 1:, COLUMNS.index("together")] = 1
+    data = {"matrix": {"accuracy": tampered}}
+    assert JUDGES["together"](result.config, data).word == "holds"
     assert len(cures.figures(result.config, result.data)) == 1
