@@ -77,6 +77,11 @@ def test_the_tiny_run_follows_theory(tiny):
         law = [2 * n_in / (n_in + n_out), 2, 1 / 3]
         # Var of a sample variance of a normal: 2 / count; of a uniform less
         np.testing.assert_allclose(values, law, rtol=4 * np.sqrt(2 / (2 * n_in * n_out)))
+    # ReLU halves mean squares: sigma_w^2 / 2 a layer (He 1, Xavier 1/2, PyTorch 1/6)
+    depth, relu = np.asarray(TINY.kept), tiny.data["signal-relu"]
+    logs = np.outer(np.log([1 / 2, 1, 1 / 6]), depth)
+    np.testing.assert_allclose(relu["theory_log_gain"], logs / 2, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(np.log(relu["theory_square"][:2]), logs[:2], atol=1e-5)
     # He ReLU's gradient, averaged over inputs, against the exact law at this width
     arrays, at = tiny.data["signal-relu"], TINY.initializers.index("he_normal")
     law = theory.log_gain([TINY.width] * TINY.kept[-1])
