@@ -44,10 +44,12 @@ def _figure_training(config: Config, data: frame.Data) -> Any:
                     ax, 2 * k + j, judges.rates(config, case), found[..., j], label, linestyle=style
                 )
         chance = judges.marginal(data, case)
-        ax.axhline(chance, color=drawing.INK, linestyle="--", linewidth=1.0)
+        ax.axhline(
+            chance, color=drawing.INK, linestyle="--", linewidth=1.0, label="entropy of the labels"
+        )
         ax.set_xscale("log")
-        ax.set_ylim(0, 1.35 * chance)
-        title = f"{name[0].upper()}{name[1:]} (dashed: label entropy)"
+        ax.set_ylim(0, 1.9 * chance)
+        title = f"{name[0].upper()}{name[1:]}"
         drawing.words(ax, title, "peak learning rate of Adam", "loss at the end, nats")
     return figure
 
