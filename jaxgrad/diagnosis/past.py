@@ -62,7 +62,7 @@ class Past:
     def broken_rows(self) -> np.ndarray:
         """Whether a snapshot holds NaN or infinity, (S,) of bool."""
         names = ("activation_nonfinite", "gradient_nonfinite", "weight_gradient_nonfinite")
-        return np.stack([self.rows(n).sum(-1) > 0 for n in names]).any(0)
+        return np.asarray(np.any([self.rows(n).sum(-1) > 0 for n in names], axis=0))
 
     @functools.cached_property
     def last(self) -> float:

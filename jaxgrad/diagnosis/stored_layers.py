@@ -168,8 +168,9 @@ def dead(past: Past) -> list[Finding]:
     if not past.from_the_start or past.broken_rows[0] or past.improves:
         return []
     index = {name: i for i, name in enumerate(past.recording.parameter_names)}
-    silent = (past.rows("activation_zero_share")[~past.broken_rows] >= 1.0).all(0)
-    still = (past.rows("weight_gradient_rms")[~past.broken_rows] == 0).all(0)
+    ran = ~past.broken_rows
+    silent = np.asarray(np.all(past.rows("activation_zero_share")[ran] >= 1.0, axis=0))
+    still = np.asarray(np.all(past.rows("weight_gradient_rms")[ran] == 0, axis=0))
     found = [
         past.recording.names[k]
         for k in past.weighted()[:-1]
