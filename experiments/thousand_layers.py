@@ -63,7 +63,7 @@ class Config:
     width: int = 24
     seeds: int = 3
     batch: int = 16
-    steps: int = 70
+    steps: int = 50
     rates: tuple[float, ...] = (2e-4, 1e-3)
     clip: float = 1.0
 
