@@ -263,7 +263,8 @@ def figures(config: Config, data: frame.Data) -> list[Any]:
     axes[0].set_xscale("log")
     axes[0].set_yscale("symlog", linthresh=10)
     modes = np.arange(2, width + 1)
-    drawing.line(axes[1], 0, modes, arrays["lost_at"][:, 1:], "measured")
+    lost = np.minimum(arrays["lost_at"][:, 1:], product.depth + 1)  # inf: never
+    drawing.line(axes[1], 0, modes, lost, "measured")
     drawing.theory(axes[1], modes, products.lost_at_predicted(product)[1:], "ln(1/eps) / gap")
     drawing.words(axes[1], "layers until rounding hides it", "singular value", "layers")
     axes[1].set_yscale("log")
