@@ -251,7 +251,7 @@ def test_powers_are_raised_and_nothing_else():
     assert wording.rich("0.9^50 < s^(1/2), e^(L m / 2), W^T, a^") == (
         "0.9<sup>50</sup> &lt; s<sup>1/2</sup>, e<sup>L m / 2</sup>, W<sup>T</sup>, a^"
     )
-    assert wording.rich("2^-7.5 - 1") == "2<sup>-7.5</sup> - 1"
+    assert wording.rich("2^-7.5 - 2^-n") == "2<sup>-7.5</sup> - 2<sup>-n</sup>"
 
 
 def test_the_main_job_ends_with_the_atlas_and_a_diagnosis_does_not(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import re
 
 from experiments.atlas.frame import Verdict
 
-_POWER = re.compile(r"\^(?:\(([^()]{1,16})\)|(-?\d+(?:\.\d+)?|[A-Za-z]\w*))")
+_POWER = re.compile(r"\^(?:\(([^()]{1,16})\)|(-?\d+(?:\.\d+)?|-?[A-Za-z]\w*))")
 
 
 def factor(nats: float) -> str:
