@@ -1,19 +1,22 @@
 """Judging an accumulation: does it do what one big batch would have done?"""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import PyTree
 
 from jaxgrad.optim.reading import chain_parts, closure, is_transformation
+from jaxgrad.optim.stripping import without_accumulation
 from jaxgrad.tree import count_parameters, inexact_leaves, is_inexact_array, map_inexact
 
 # Sums of float32 in another order, through a rule and back.
 _CLOSE = 1e-3
+# Calls are repeated, since a warm-up has no first step.
+_ROUNDS = 2
 
 
 class Accumulation(NamedTuple):
@@ -24,49 +27,25 @@ class Accumulation(NamedTuple):
             or ``"differs"``.
         message: what was measured, in words.
         error: relative distance to one big batch.
+        limits: what could not be judged, in words; empty if all could.
     """
 
     fault: str
     message: str
     error: float
+    limits: str = ""
 
 
-def without_accumulation(tx: Any, params: PyTree, depth: int = 0) -> Any | None:
-    """The transformation that an accumulator feeds, read from closures; through chains too.
+def distance(a: PyTree, b: PyTree) -> float:
+    """Largest difference of two trees, relative to the largest entry of both.
 
     Args:
-        tx: transformation.
-        params: parameters; the inner transformation's state must be part of the outer one's.
-        depth: for recursion.
+        a: tree.
+        b: tree of the same structure.
 
     Returns:
-        A transformation without the accumulation, or None if none could be read.
+        0 for equal trees, empty ones included.
     """
-    update = tx.update
-    holder = getattr(update, "__self__", None)
-    held = {**closure(update), **(vars(holder) if hasattr(holder, "__dict__") else {})}
-    parts = chain_parts(tx)
-    if parts:
-        inner = [without_accumulation(part, params, depth + 1) for part in parts]
-        if all(part is None for part in inner):
-            return None
-        return optax.chain(*(new or old for new, old in zip(inner, parts, strict=True)))
-    outer = jax.tree.structure(tx.init(params))
-    for thing in held.values():
-        if is_transformation(thing) and thing is not holder:
-            if jax.tree.structure(thing.init(params)) != outer:
-                return thing
-            if depth < 8:  # a wrapper that adds nothing to the state
-                return without_accumulation(thing, params, depth + 1)
-    functions = [f for f in held.values() if callable(f) and hasattr(f, "__self__")]
-    for f in functions:  # MultiSteps.gradient_transformation() holds bound methods
-        if is_transformation(f.__self__) and f.__self__ is not tx and depth < 8:
-            return without_accumulation(f.__self__, params, depth + 1)
-    return None
-
-
-def _distance(a: PyTree, b: PyTree) -> float:
-    """Largest difference, relative to the larger of both trees."""
     pairs = list(zip(inexact_leaves(a), inexact_leaves(b), strict=True))
     largest = max((_size(x) for pair in pairs for x in pair), default=0.0)
     gap = max((_size(x - y) for x, y in pairs), default=0.0)
@@ -87,10 +66,17 @@ def combine(grads: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
     Returns:
         Their sum.
     """
-    total = map_inexact(lambda g: g * weights[0], grads[0])
+    wide = lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32))  # noqa: E731
+    total = map_inexact(lambda g: wide(g) * weights[0], grads[0])
     for g, w in zip(grads[1:], weights[1:], strict=True):
-        total = map_inexact(lambda a, b, w=w: a + w * b, total, g)
-    return total
+        total = map_inexact(lambda a, b, w=w: a + w * wide(b), total, g)
+    return map_inexact(lambda t, g: t.astype(g.dtype), total, grads[0])
+
+
+def tolerance(tree: PyTree) -> float:
+    """Rounding that is no fault: larger for half precision, of which the coarsest leaf decides."""
+    steps = [float(jnp.finfo(leaf.dtype).eps) for leaf in inexact_leaves(tree)]
+    return max([_CLOSE, *(4 * eps for eps in steps)])
 
 
 def micro_gradients(params: PyTree, every: int) -> list[PyTree]:
@@ -142,25 +128,33 @@ _WORDS = {
 }
 
 
-def explain(found: dict[str, float], k: int) -> Accumulation:
+def explain(found: dict[str, float], k: int, close: float = _CLOSE) -> Accumulation:
     """Names the hypothesis that fits.
 
     Args:
         found: relative distance to every hypothesis.
         k: number of micro-batches.
+        close: largest relative distance of what counts as equal.
 
     Returns:
         The judgment.
     """
     error = found["none"]
-    if error <= _CLOSE:
+    if error <= close:
         return Accumulation("none", "equal to one big batch", error)
     best = min(found, key=lambda name: found[name])
     start = f"{k} micro-batches differ from one big batch by {error:.2g} (relative)"
-    if found[best] > _CLOSE:
+    if found[best] > close:
         return Accumulation("differs", f"{start}, and fit no known fault", error)
     words = _WORDS[best].format(k=k)
     return Accumulation(best.split(" ")[0], f"{start}; they equal {words}", error)
+
+
+class _Fed(NamedTuple):
+    """The updates of some calls, and the last state."""
+
+    updates: list[PyTree]
+    state: Any
 
 
 def judge_transformation(
@@ -178,49 +172,76 @@ def judge_transformation(
         The judgment. Where the inner transformation cannot be read, sums cannot be told from
         means: then only the order of the micro-batches and their weights are judged.
     """
-    k = len(grads)
+    k, close = len(grads), tolerance((params, grads))
     name = _weight_name(tx)
-    update = jax.jit(tx.update)  # compiled once; the symmetric test runs it many times
-
-    def run(micro: Sequence[PyTree]) -> tuple[list[float], PyTree]:
-        state, sizes, total = tx.init(params), [], None
-        for g, w in zip(micro, weights, strict=True):
-            u, state = update(g, state, params, **({name: jnp.float32(w)} if name else {}))
-            sizes.append(max((_size(x) for x in inexact_leaves(u)), default=0.0))
-            total = u if total is None else map_inexact(jnp.add, total, u)
-        return sizes, total
-
-    sizes, got = run(grads)
-    if max(sizes[:-1], default=0.0) > 0:
-        first = next(i for i, size in enumerate(sizes) if size > 0) + 1
-        message = f"an update of size {sizes[first - 1]:.2g} came out after {first} of {k}"
+    calls = [
+        (g, {name: jnp.float32(w)} if name else {}) for g, w in zip(grads, weights, strict=True)
+    ]
+    feed = functools.partial(_feed, params=params)
+    outer = feed(tx, calls * _ROUNDS)
+    sizes = [_largest(u) for u in outer.updates]
+    emitted = [i + 1 for i, size in enumerate(sizes[:k]) if size > 0]
+    if emitted and emitted[0] < k:
+        message = (
+            f"an update of size {sizes[emitted[0] - 1]:.2g} came out after {emitted[0]} of {k}"
+        )
         return Accumulation("early", f"{message} micro-batches", 1.0)
-    candidates = hypotheses(grads, weights)
-    inner = without_accumulation(tx, params)
+    if k == 1:
+        return Accumulation("none", "one micro-batch is the whole batch", 0.0)
+    inner = without_accumulation(tx, functools.partial(_accumulates, feed, calls))
+    if inner is None and not any(sizes) and inexact_leaves(params):
+        raise ValueError(f"no update came out of {len(sizes)} micro-batches: nothing to compare")
     if inner is None:
-        return _judge_by_symmetry(run, grads, weights, got)
-    once = jax.jit(lambda g: inner.update(g, inner.init(params), params)[0])
-    wanted = {n: once(g) for n, g in candidates.items()}
-    moves = max((_size(x) for x in inexact_leaves(wanted["none"])), default=0.0)
-    if sizes[-1] == 0 and moves > 0:
+        return _judge_by_symmetry(lambda c: feed(tx, c * _ROUNDS), calls, weights, close)
+    candidates = hypotheses(grads, weights)
+    wanted = {n: feed(inner, [(g, {})] * _ROUNDS) for n, g in candidates.items()}
+    return _judge_beside(wanted, _Fed(outer.updates[k - 1 :: k], outer.state), k, close)
+
+
+def _judge_beside(wanted: dict[str, _Fed], outer: _Fed, k: int, close: float) -> Accumulation:
+    """Compares with what the rule inside does with every hypothesis, fed to it directly."""
+    moves = [_largest(u) for u in wanted["none"].updates]
+    if not any(moves) and inexact_leaves(outer.updates):
+        raise ValueError(
+            f"no update came out of {_ROUNDS} steps, even without accumulation: nothing to compare"
+        )
+    if any(_largest(u) == 0 < due for u, due in zip(outer.updates, moves, strict=True)):
         return Accumulation("late", f"no update came out after {k} micro-batches", 1.0)
-    found = {n: _distance(got, w) for n, w in wanted.items()}
-    judged = explain(found, k)
-    if judged.fault == "none" and _distance(wanted["sums"], wanted["none"]) < _CLOSE:
-        return _judge_states(tx, inner, (params, grads, weights), name)
+    judged = explain({n: distance(outer.updates, w.updates) for n, w in wanted.items()}, k, close)
+    hidden = distance(wanted["sums"].updates, wanted["none"].updates) < close
+    if judged.fault != "none" or not hidden:
+        return judged
+    # Adam's first updates are the same for a mean and a sum; its moments are not.
+    states = {n: _state_distance(outer.state, w.state) for n, w in wanted.items()}
+    judged = explain(states, k, close)
+    if judged.fault == "none" and states["sums"] <= close:
+        return judged._replace(limits=f"a sum and a mean do the same here ({_UNREAD})")
     return judged
 
 
-def _judge_states(tx: Any, inner: Any, inputs: tuple, name: str | None) -> Accumulation:
-    """Adam's first update is the same for a mean and a sum; its moments are not."""
-    params, grads, weights = inputs
-    state = tx.init(params)
+_UNREAD = "whether micro-batches are summed or averaged was not judged"
+
+
+def _feed(tx: Any, calls: list[tuple[PyTree, dict[str, Any]]], params: PyTree) -> _Fed:
     update = jax.jit(tx.update)
-    for g, w in zip(grads, weights, strict=True):
-        _, state = update(g, state, params, **({name: jnp.float32(w)} if name else {}))
-    once = jax.jit(lambda g: inner.update(g, inner.init(params), params)[1])
-    found = {n: _state_distance(state, once(g)) for n, g in hypotheses(grads, weights).items()}
-    return explain(found, len(grads))
+    state, updates = tx.init(params), []
+    for g, extra in calls:
+        u, state = update(g, state, params, **extra)
+        updates.append(u)
+    return _Fed(updates, state)
+
+
+def _largest(tree: PyTree) -> float:
+    return max((_size(x) for x in inexact_leaves(tree)), default=0.0)
+
+
+def _accumulates(feed: Callable, calls: list, tx: Any) -> bool:
+    """Whether most calls have no update; an accumulator of two emits every other time."""
+    try:
+        updates = feed(tx, calls * _ROUNDS).updates
+    except TypeError:  # it takes no weights, so that it cannot hold the accumulator that does
+        updates = feed(tx, [(g, {}) for g, _ in calls] * _ROUNDS).updates
+    return sum(_largest(u) > 0 for u in updates) < 0.6 * len(updates)
 
 
 def _state_distance(outer: Any, inner: Any) -> float:
@@ -229,27 +250,32 @@ def _state_distance(outer: Any, inner: Any) -> float:
     worst = 0.0
     for leaf in inexact_leaves(inner):
         same = [x for x in floats if x.shape == leaf.shape and x.dtype == leaf.dtype]
-        worst = max(worst, min((_distance(x, leaf) for x in same), default=1.0))
+        worst = max(worst, min((distance(x, leaf) for x in same), default=1.0))
     return worst
 
 
-def _weight_name(tx: Any) -> str | None:
-    """The extra argument through which jaxgrad's accumulate takes weights."""
-    reader = closure(tx.update).get("weight_of")
-    name = closure(reader).get("weights") if reader is not None else None
-    return name if isinstance(name, str) else None
+def _weight_name(tx: Any, depth: int = 0) -> str | None:
+    """The extra argument through which jaxgrad's accumulate takes weights, wherever it stands."""
+    held = closure(tx.update)
+    name = closure(held.get("weight_of")).get("weights")
+    if isinstance(name, str):
+        return name
+    inner = [*chain_parts(tx), *(thing for thing in held.values() if is_transformation(thing))]
+    found = (_weight_name(thing, depth + 1) for thing in inner) if depth < 8 else ()
+    return next((name for name in found if name is not None), None)
 
 
 def _judge_by_symmetry(
-    run: Callable, grads: Sequence[PyTree], weights: Sequence[float], got: PyTree
+    run: Callable[[list], _Fed], calls: list, weights: Sequence[float], close: float
 ) -> Accumulation:
     """A sum and a mean alike do the same when every micro-batch is replaced by the mean."""
-    k = len(grads)
+    got, grads = run(calls).updates, [g for g, _ in calls]
     found = {}
     for name, g in hypotheses(grads, weights).items():
         if not name.startswith("sums"):
-            found[name] = _distance(got, run([g] * k)[1])
-    return explain(found, k)
+            found[name] = distance(got, run([(g, extra) for _, extra in calls]).updates)
+    judged = explain(found, len(calls), close)
+    return judged._replace(limits=f"what is fed could not be read ({_UNREAD})")
 
 
 class StepDistances(NamedTuple):
@@ -275,8 +301,8 @@ def judge_step(outcome: PyTree, params: PyTree, candidates: dict[str, PyTree]) -
     Returns:
         Distances. From new parameters a sum cannot be told from a mean.
     """
-    as_gradient = {n: _distance(outcome, g) for n, g in candidates.items()}
-    if min(as_gradient.values()) <= _CLOSE:
+    as_gradient = {n: distance(outcome, g) for n, g in candidates.items()}
+    if min(as_gradient.values()) <= tolerance(params):
         return StepDistances(as_gradient, True)
     change = map_inexact(lambda a, b: a - b, outcome, params)
     as_step = {}
@@ -285,7 +311,7 @@ def judge_step(outcome: PyTree, params: PyTree, candidates: dict[str, PyTree]) -
         square = sum(float(jnp.vdot(x, x).real) for x in inexact_leaves(g))
         rate = inner / square if square else 0.0
         scaled = map_inexact(lambda x, r=rate: r * x, g)
-        as_step[name] = _distance(change, scaled) if rate < 0 else 1.0
+        as_step[name] = distance(change, scaled) if rate < 0 else 1.0
     nearer = min(as_step.values()) < min(as_gradient.values())
     return StepDistances(as_step, False) if nearer else StepDistances(as_gradient, True)
 

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from jaxgrad.optim.base import arithmetic, check_nonnegative, concrete, increment, zeros_like
+from jaxgrad.optim.arguments import check_nonnegative, concrete
+from jaxgrad.optim.base import arithmetic, increment, zeros_like
 from jaxgrad.tree import map_inexact
 
 
@@ -80,8 +81,8 @@ def accumulate(
     ``tx`` runs on real steps only (``lax.cond``), so that its schedules and moments count real
     steps, and an intermediate step costs one pass over the accumulator. With the micro-batches'
     *mean* gradients and ``weights`` their numbers of tokens, the result is the mean gradient of
-    the whole batch, however unevenly it was split. The accumulator starts afresh after each real
-    step: a micro-batch of NaN spoils that step only.
+    the whole batch, however unevenly it was split; one of weight 0 counts for nothing, NaN
+    included. The accumulator starts afresh after each real step: a NaN spoils that step only.
 
     Args:
         tx: the transformation to be fed.
@@ -90,7 +91,7 @@ def accumulate(
         weights: None for equal ones; ``every`` numbers; a function of the micro-batch's index; or
             the name of an extra argument of ``update``: with ``weights="tokens"`` call
             ``update(grads, state, params, tokens=n)``.
-        accumulator_dtype: dtype of the accumulator; double-precision leaves stay double.
+        accumulator_dtype: dtype of the accumulator; double and complex leaves stay so.
         numerics: ``"exact"``, or ``"optax"`` for the operations of ``optax.MultiSteps`` (inside a
             cond XLA may contract products that it does not beside one: the last bit may differ).
 
@@ -107,7 +108,8 @@ def accumulate(
     inner = optax.with_extra_args_support(tx)
 
     def dtype_of(own: Any) -> Any:
-        return jnp.promote_types(own, accumulator_dtype) if exact else accumulator_dtype
+        keeps = exact and (own == jnp.float64 or jnp.issubdtype(own, jnp.complexfloating))
+        return jnp.promote_types(own, accumulator_dtype) if keeps else accumulator_dtype
 
     def init(params: PyTree) -> AccumulateState:
         # No array twice: a state that is donated must not hold a buffer twice.
@@ -123,15 +125,20 @@ def accumulate(
         updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, AccumulateState]:
         weight = jnp.asarray(weight_of(state.mini_step, extra), jnp.float32)
+        weight = jnp.where(weight >= 0, weight, jnp.nan)  # a negative one would subtract, unseen
         total = state.weight + weight
-        share = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
+        share = jnp.where(total == 0, 0, weight / jnp.where(total == 0, 1, total))
 
         def add(g: Any, a: Any) -> Any:
-            if not mean:
-                return a + g if weights is None else a + weight.astype(a.dtype) * g
+            real = jnp.finfo(a.dtype).dtype
+            if weights is None and not mean:
+                return a + g
             if weights is None and not exact:  # optax's operations
                 return a + (g - a) / (state.mini_step + 1)
-            return a + (g.astype(a.dtype) - a) * share.astype(jnp.finfo(a.dtype).dtype)
+            g = g.astype(a.dtype)
+            new = a + (g - a) * share.astype(real) if mean else a + weight.astype(real) * g
+            # The mean loss of no tokens is 0 / 0: what weighs nothing must not spoil the rest.
+            return new if weights is None else jnp.where(weight == 0, a, new)
 
         # The sum is formed inside the branches: there it is fused with the rule, or done in place.
         def real_step() -> tuple[PyTree, Any, PyTree]:

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from jaxgrad.optim.arguments import check_decay, check_nonnegative, check_rate
 from jaxgrad.optim.base import (
     DecayPlan,
     arithmetic,
     average,
     cast_like,
-    check_decay,
-    check_nonnegative,
     descend,
     finish,
     increment,
@@ -71,7 +70,7 @@ def adam(  # noqa: PLR0913 (optax's signature)
 
     Returns:
         An optax transformation with state `AdamState`. In float32 the second moment of a gradient
-        beyond 2**63 overflows and its update is 0.
+        beyond 2**63 overflows, and that entry's updates are 0 from then on: clip first.
     """
     return adamw(
         learning_rate,
@@ -125,7 +124,8 @@ def adamw(  # noqa: PLR0913, PLR0917 (optax's signature)
     """
     arith = arithmetic(numerics)
     check_decay(b1=b1, b2=b2)
-    check_nonnegative(eps=eps, eps_root=eps_root)
+    check_rate(learning_rate)
+    check_nonnegative(eps=eps, eps_root=eps_root, weight_decay=weight_decay)
     decay = DecayPlan(weight_decay, mask)
 
     def init(params: PyTree) -> AdamState:
@@ -209,6 +209,7 @@ def rmsprop(  # noqa: PLR0913, PLR0917 (optax's signature)
         An optax transformation with state `RmspropState`.
     """
     arith = arithmetic(numerics)
+    check_rate(learning_rate)
     check_decay(decay=decay)
     check_nonnegative(eps=eps, initial_scale=initial_scale, momentum=momentum)
 
@@ -282,6 +283,7 @@ def adagrad(
         An optax transformation with state `AdagradState`.
     """
     arith = arithmetic(numerics)
+    check_rate(learning_rate)
     check_nonnegative(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
     def init(params: PyTree) -> AdagradState:

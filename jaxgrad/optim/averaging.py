@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from jaxgrad.optim.arguments import check_decay, check_nonnegative, check_rate, concrete
 from jaxgrad.optim.base import (
     Arithmetic,
     DecayPlan,
@@ -14,9 +15,6 @@ from jaxgrad.optim.base import (
     at,
     average,
     cast_like,
-    check_decay,
-    check_nonnegative,
-    concrete,
     descend,
     increment,
     narrow,
@@ -91,6 +89,7 @@ def schedule_free_adamw(  # noqa: PLR0913, PLR0917 (optax's signature)
         ValueError: if ``b1`` is 0, where ``x`` cannot be recovered from ``y`` and ``z``.
     """
     arith = arithmetic(numerics)
+    check_rate(learning_rate)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, weight_decay=weight_decay)
     if concrete(b1) == 0:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from jaxgrad.tree import inexact_leaves, is_array, is_inexact_array, leaf_names, map_inexact
+from jaxgrad.optim.arguments import check_trainable, check_update, concrete
+from jaxgrad.tree import is_array, is_inexact_array, map_inexact
 
 Schedule = Callable[[Any], Any]
 Count = Int[Array, ""]
@@ -104,49 +105,6 @@ def arithmetic(numerics: str) -> Arithmetic:
     if numerics not in _ARITHMETIC:
         raise ValueError(f"numerics: expected 'exact' or 'optax', got {numerics!r}")
     return _ARITHMETIC[numerics]
-
-
-def concrete(value: Any) -> float | None:
-    """The value of a number that is known now; None for a tracer, a schedule or no number."""
-    if value is None or callable(value) or isinstance(value, str):
-        return None
-    try:
-        return float(value)
-    except TypeError:  # JAX's tracer errors are TypeErrors
-        return None
-
-
-def check_nonnegative(**values: Any) -> None:
-    """Refuses negative and NaN hyperparameters; what is only known inside jit passes.
-
-    Args:
-        **values: hyperparameters by name.
-
-    Raises:
-        ValueError: naming the argument and the value.
-    """
-    for name, value in values.items():
-        number = concrete(value)
-        if number is not None and not number >= 0:
-            raise ValueError(f"{name}: expected a number >= 0, got {number}")
-
-
-def check_decay(**values: Any) -> None:
-    """Refuses decay rates outside [0, 1).
-
-    Args:
-        **values: decay rates by name.
-
-    Raises:
-        ValueError: naming the argument and the value.
-    """
-    for name, value in values.items():
-        number = concrete(value)
-        if number is not None and not 0 <= number < 1:
-            raise ValueError(
-                f"{name}: expected a decay rate in [0, 1), got {number}; in bfloat16 0.999 rounds "
-                "to 1: give it as a Python float or in float32"
-            )
 
 
 def zeros_like(params: PyTree, dtype: Any = None) -> PyTree:
@@ -262,38 +220,6 @@ class DecayPlan(NamedTuple):
         return map_inexact(decayed, directions, params, decay_mask(self.mask, params))
 
 
-def _check_trainable(params: PyTree) -> None:
-    leaves = [leaf for leaf in jax.tree.leaves(params) if is_array(leaf)]
-    if leaves and not inexact_leaves(params):
-        found = sorted({str(leaf.dtype) for leaf in leaves})
-        raise TypeError(
-            f"expected floating-point or complex parameters, got only {', '.join(found)}; integers "
-            "have no gradient"
-        )
-
-
-def _check_update(grads: PyTree, params: PyTree) -> None:
-    """A gradient for an integer parameter, or of another shape than its parameter, is an error."""
-
-    def check(g: Any, p: Any) -> Any:
-        if is_array(p) and not is_inexact_array(p):
-            raise TypeError(
-                f"a {g.dtype} gradient for a parameter of dtype {p.dtype}: integers cannot be "
-                "trained; convert the parameter to a float, or pass None as its gradient. "
-                f"Integer parameters: {_integer_names(params)}"
-            )
-        return g
-
-    _ = map_inexact(check, grads, params)
-
-
-def _integer_names(params: PyTree) -> str:
-    leaves = jax.tree.leaves(params)
-    names = leaf_names(params, root="(root)")
-    pairs = zip(names, leaves, strict=True)
-    return ", ".join(n for n, leaf in pairs if is_array(leaf) and not is_inexact_array(leaf))
-
-
 def _still(update: Any, param: Any) -> Any:
     """The update of a leaf that was passed by: nothing, in a form that can be added."""
     if is_inexact_array(update) or update is None:
@@ -317,14 +243,14 @@ def rule(
     """
 
     def checked_init(params: PyTree) -> Any:
-        _check_trainable(params)
+        check_trainable(params)
         return init(params)
 
     def checked_update(
         updates: PyTree, state: Any, params: PyTree = None, **_: Any
     ) -> tuple[PyTree, Any]:
         if params is not None:
-            _check_update(updates, params)
+            check_update(updates, params)
         new_updates, new_state = update(updates, state, params)
         if params is None:
             return jax.tree.map(lambda u: _still(u, None), new_updates), new_state

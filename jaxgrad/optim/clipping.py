@@ -27,15 +27,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from jaxgrad.optim.base import (
-    Arithmetic,
-    arithmetic,
-    check_nonnegative,
-    concrete,
-    narrow,
-    real_dtype,
-    square,
-)
+from jaxgrad.optim.arguments import check_nonnegative, concrete
+from jaxgrad.optim.base import Arithmetic, arithmetic, narrow, real_dtype, square
 from jaxgrad.tree import inexact_leaves, map_inexact, scaled_norm
 
 

@@ -8,15 +8,8 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from jaxgrad.optim.base import (
-    DecayPlan,
-    arithmetic,
-    check_nonnegative,
-    increment,
-    narrow,
-    rule,
-    zero_count,
-)
+from jaxgrad.optim.arguments import check_nonnegative
+from jaxgrad.optim.base import DecayPlan, arithmetic, increment, narrow, rule, zero_count
 from jaxgrad.tree import is_inexact_array, map_inexact
 
 

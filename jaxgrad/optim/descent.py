@@ -6,13 +6,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from jaxgrad.optim.arguments import check_decay, check_nonnegative, check_rate
 from jaxgrad.optim.base import (
     DecayPlan,
     arithmetic,
     average,
     cast_like,
-    check_decay,
-    check_nonnegative,
     finish,
     increment,
     rule,
@@ -65,6 +64,7 @@ def sgd(
         An optax transformation with state `MomentumState`.
     """
     arith = arithmetic(numerics)
+    check_rate(learning_rate)
     check_nonnegative(momentum=momentum)
 
     def init(params: PyTree) -> MomentumState:
@@ -156,7 +156,9 @@ def lion(  # noqa: PLR0913 (optax's signature)
         An optax transformation with state `LionState`; it needs ``params`` if it decays.
     """
     arith = arithmetic(numerics)
+    check_rate(learning_rate)
     check_decay(b1=b1, b2=b2)
+    check_nonnegative(weight_decay=weight_decay)
     decay = DecayPlan(weight_decay, mask)
 
     def init(params: PyTree) -> LionState:

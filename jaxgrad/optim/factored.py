@@ -8,14 +8,13 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from jaxgrad.optim.arguments import check_decay, check_nonnegative
 from jaxgrad.optim.base import (
     Arithmetic,
     DecayPlan,
     arithmetic,
     average,
     cast_like,
-    check_decay,
-    check_nonnegative,
     descend,
     increment,
     narrow,
@@ -145,6 +144,7 @@ def adafactor(  # noqa: PLR0913, PLR0917 (optax's signature)
     arith = arithmetic(numerics)
     check_decay(momentum=momentum)
     check_nonnegative(clipping_threshold=clipping_threshold, eps=eps, decay_rate=decay_rate)
+    check_nonnegative(weight_decay_rate=weight_decay_rate)
     moment_dtype = second_moment_dtype(arith, nu_dtype)
     decay = DecayPlan(0.0 if weight_decay_rate is None else weight_decay_rate, weight_decay_mask)
 
@@ -184,7 +184,8 @@ def adafactor(  # noqa: PLR0913, PLR0917 (optax's signature)
         g, treedef = jax.tree.flatten(wide, is_leaf=lambda leaf: leaf is None)
         old = [treedef.flatten_up_to(tree) for tree in (params, *state[1:4])]
         new = [moments_of(g, p, rate, *m) for g, p, *m in zip(g, *old, strict=True)]
-        u, *moments = (treedef.unflatten(column) for column in zip(*new, strict=True))
+        columns = zip(*new, strict=True) if new else [()] * 4  # an empty tree
+        u, *moments = (treedef.unflatten(column) for column in columns)
         if clipping_threshold is not None:
             u = map_inexact(lambda u: block_rms_clip(arith, u, clipping_threshold), u)
         u = descend(u, learning_rate, state.count, sign=1)

@@ -1,12 +1,21 @@
 """What clips where: the order of clipping and state in any optax transformation."""
 
+import re
 from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxgrad.optim.downstream import downstream
 from jaxgrad.optim.probing import Probe, Responses, compile_probe, has_kink, slopes
-from jaxgrad.optim.reading import clip_follows_a_rule, flattened, read_steps
+from jaxgrad.optim.reading import (
+    Step,
+    clip_follows_a_rule,
+    clip_precedes_the_rules,
+    flattened,
+    read_steps,
+)
+from jaxgrad.tree import inexact_leaves
 
 # A normalizer g / (|g| + eps) looks like a clip with gain 1 / eps.
 _LARGEST_GAIN = 1e3
@@ -20,7 +29,7 @@ class Order(str):
         leaves: verdict of every state leaf by name: ``"before"``, ``"after"``, ``"both"``,
             ``"none"``, or ``"accumulator"``, ``"record"`` and ``"unmoved"``, which do not count.
         responses: how every state leaf answers to large gradients: ``"raw"``, ``"clipped"``,
-            ``"normalized"``, ``"skipped"`` or ``"unmoved"``.
+            ``"clipped (adaptive)"``, ``"normalized"``, ``"skipped"`` or ``"unmoved"``.
         steps: names of the clips and rules that could be read, in order.
         intentional: whether a rule clips its own update by design (Adafactor).
     """
@@ -45,7 +54,9 @@ def clip_order(tx: Any, params: PyTree, *, extra_args: dict[str, Any] | None = N
 
     By behavior: each state leaf's answer to gradients of norm 2^-56 to 2^60, and the update's
     answer to a scaled state (`jaxgrad.optim.probing`). Where behavior cannot tell (a clip after
-    Lion's sign), the transformation's closures are read.
+    Lion's sign, one before LARS's normalization, one with a threshold below that range), the
+    transformation's closures are read. A threshold above that range is no clip, but ``.steps``
+    names it.
 
     Args:
         tx: any optax transformation, ``MultiSteps`` included.
@@ -67,9 +78,10 @@ def clip_order(tx: Any, params: PyTree, *, extra_args: dict[str, Any] | None = N
     emissions = np.flatnonzero(seen.updated[_unit(probe)].max(axis=-1) > 0)
     kinds = [_kind(probe, seen, k) for k in range(len(probe.names))]
     counted = _counted(probe, seen, kinds)
-    down = _downstream(probe, emissions, counted)
+    down = downstream(probe, emissions, counted)
     counted = [k for k in counted if k not in down.records]
-    up = {k: _up(probe, kinds, k, seen) for k in counted}
+    _mark_adaptive(probe, kinds, counted)
+    up: dict[int, bool | None] = {k: _up(probe, kinds, k, seen) for k in counted}
     intentional = any(step.kind == "own_clip" for step in steps) or any(
         "v_row" in name for name in probe.names
     )
@@ -77,7 +89,9 @@ def clip_order(tx: Any, params: PyTree, *, extra_args: dict[str, Any] | None = N
     after = {k: _after(probe, down.verdicts, k, follows) for k in counted}
     if intentional:
         after = dict.fromkeys(counted, follows)
-    verdict = _verdict(up, after) if counted else _stateless(probe, seen, emissions)
+    if not any(v is not None for v in up.values()):  # every leaf is normalized
+        up = dict.fromkeys(counted, clip_precedes_the_rules(read))
+    verdict = _verdict(up, after) if counted else _stateless(probe, seen, (emissions, read))
     leaves = dict.fromkeys(probe.names, "unmoved")
     for k, name in enumerate(probe.names):
         if k in counted:
@@ -186,10 +200,41 @@ def classify(scales: np.ndarray, curve: np.ndarray) -> str:
 
 
 def _counted(probe: Probe, seen: Responses, kinds: list[str]) -> list[int]:
-    """State leaves that belong to a rule: parameter-shaped if any are, no accumulators."""
+    """State leaves that belong to a rule: parameter-shaped if any are, no accumulators.
+
+    A flattened state has no leaf like a parameter; there, leaves count that together have as many
+    entries as the parameters, or any if there are but a few.
+    """
     moved = [k for k, kind in enumerate(kinds) if kind != "unmoved" and not _resets(seen, k)]
     owned = [k for k in moved if probe.owners[k][1] is not None]
-    return owned or [k for k in moved if "flat" in probe.names[k] or seen.moved.shape[2] <= 4]
+    if owned:
+        return owned
+    total = sum(leaf.size for leaf in inexact_leaves(probe.direction))
+    totals: dict[str, int] = {}
+    for k, name in enumerate(probe.names):
+        for prefix in _prefixes(name):
+            totals[prefix] = totals.get(prefix, 0) + probe.sizes[k]
+    whole = [k for k in moved if any(totals[p] == total for p in _prefixes(probe.names[k]))]
+    return whole or [k for k in moved if len(kinds) <= 4]
+
+
+def _prefixes(name: str) -> list[str]:
+    """The names of a leaf's parents, and its own."""
+    return [name[: match.start()] for match in re.finditer(r"[/\[]", name)] + [name]
+
+
+def _mark_adaptive(probe: Probe, kinds: list[str], counted: list[int]) -> None:
+    """A threshold that follows past norms clips nothing at first: probe again after some steps."""
+    known = any(kinds[k] != "unmoved" for k, o in enumerate(probe.owners) if o[1] is None)
+    raw = [k for k in counted if kinds[k] == "raw"]
+    if not known or not raw:
+        return
+    seen = probe.respond(_STAGES[0], warm=True)
+    for k in raw:
+        steep = slopes(probe.scales, _curve(probe, seen, k))
+        saturated = np.isfinite(steep[-3:]).all() and np.abs(steep[-3:]).max() < 0.05
+        if saturated and np.nanmax(steep) > 0.5:
+            kinds[k] = "clipped (adaptive)"
 
 
 def _up(probe: Probe, kinds: list[str], k: int, seen: Responses) -> bool | None:
@@ -198,6 +243,8 @@ def _up(probe: Probe, kinds: list[str], k: int, seen: Responses) -> bool | None:
         return False
     if kinds[k] == "normalized":
         return None
+    if kinds[k] == "clipped (adaptive)":
+        return True
     beside = [j for j, o in enumerate(probe.owners) if o[1] in (None, probe.owners[k][1])]
     raw = any(kinds[j] == "raw" and not _resets(seen, j) for j in beside)
     if raw and not _clips_at_a_kink(probe, seen, k):
@@ -218,87 +265,49 @@ def _clips_at_a_kink(probe: Probe, seen: Responses, k: int) -> bool:
     return has_kink(slopes(fine, close.moved[:, first, k]) / np.round(steep[rising[-2:]].max()))
 
 
-class _Down:
-    """Which leaves have a clip behind them, and which change no update at all."""
-
-    def __init__(self) -> None:
-        self.verdicts: dict[int, bool | None] = {}
-        self.records: set[int] = set()
-
-
-def _downstream(probe: Probe, emissions: np.ndarray, counted: list[int]) -> _Down:
-    down = _Down()
-    if not emissions.size or not counted:
-        return down
-    step = int(emissions[min(1, emissions.size - 1)])
-    groups: dict[str, list[int]] = {}
-    for k in counted:
-        groups.setdefault(probe.owners[k][0], []).append(k)
-    for members in groups.values():
-        chosen = np.zeros(len(probe.names))
-        chosen[members] = 1
-        # A tiny gradient leaves the update to the state; a rule with a second moment only needs a
-        # real one to have an update at all.
-        looks = [probe.saturate(step, chosen, last) for last in (2.0**-40, 1.0)]
-        # Equal up to rounding: the leaf is a record.
-        silent = step > 0 and not any((c > 1e-5 * s).any() for c, s, _ in looks)
-        for k in members:
-            owner = probe.owners[k][1]
-            columns = range(looks[0][0].shape[1]) if owner is None else [owner]
-            verdicts = [_saturates(c[:, j], s[:, j], z[j]) for c, s, z in looks for j in columns]
-            known = [v for v in verdicts if v is not None]
-            down.verdicts[k] = any(known) if known else None
-            if silent:
-                down.records.add(k)
-    return down
-
-
-def _saturates(change: np.ndarray, size: np.ndarray, still: float) -> bool | None:
-    """Whether an update stops growing at a kink as a state leaf grows, or as it shrinks.
-
-    False where it grows without end. None where this leaf cannot tell: a sign hides its size, or
-    the rule itself levels off smoothly, as Adam does when its second moment grows.
-    """
-    x = np.arange(len(change) - 1) * 0.25
-    change, size = change[:-1], size[:-1]
-    up = slopes(x, np.where(change > 2.0**-9 * still, change, np.nan))
-    up = _until_overflow(up, change)
-    up = up[np.isfinite(up)]
-    if (up > 0.9).sum() > 8:
-        if up[-8:].min() > 0.5:
-            return False
-        clean = up.min() > -0.05 and up.max() < 1.05 and np.abs(up[-8:]).max() < 0.05
-        return True if clean and has_kink(up) else None
-    low = -slopes(x, size)[::-1]  # as a second moment shrinks, the update grows like its root
-    rising = np.isfinite(low) & (np.abs(low - 0.5) < 0.05)
-    if rising.sum() > 8:
-        after = low[np.flatnonzero(rising)[-1] :]
-        after = after[np.isfinite(after)]
-        flat = after.size > 8 and np.abs(after[-8:]).max() < 0.02
-        return True if flat and has_kink(low, 0.2) else None
-    return None
-
-
-def _until_overflow(steep: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Cuts a curve where the probe left float32's range: the value falls or is not finite."""
-    bad = np.flatnonzero(~np.isfinite(values[1:]) | (values[1:] < 0.5 * values[:-1]))
-    bad = bad[bad > 8]
-    return steep[: bad[0]] if bad.size else steep
-
-
 def _after(probe: Probe, measured: dict[int, bool | None], k: int, follows: bool) -> bool:
-    """Whether a clip follows a leaf: as measured, as its parameter's other leaves say, as read."""
+    """Whether a clip follows a leaf: as measured, as its parameter's other leaves say, as read.
+
+    Behind a clip no moment of a rule makes the update grow without end. Where one does, another
+    that seems clipped is bounded by the rule itself, as AMSGrad's two second moments by each other.
+    """
     own = measured.get(k)
+    others = {j: v for j, v in measured.items() if probe.owners[j][1] == probe.owners[k][1]}
+    if own:
+        rule = _rule(probe.owners[k][0])
+        return all(v is not False for j, v in others.items() if _rule(probe.owners[j][0]) == rule)
     if own is not None:
         return own
-    others = [v for j, v in measured.items() if probe.owners[j][1] == probe.owners[k][1]]
-    known = [v for v in others if v is not None]
+    known = [v for v in others.values() if v is not None]
     return any(known) if known else follows
 
 
-def _stateless(probe: Probe, seen: Responses, emissions: np.ndarray) -> str:
-    if not emissions.size:
-        return "none"
+def _rule(group: str) -> str:
+    """The rule that a tree of moments belongs to: ``[1][0]`` of ``[1][0]/nu``."""
+    parent, _, _ = group.rpartition("/")
+    return parent or (group if group.startswith("[") else "")
+
+
+def _stateless(probe: Probe, seen: Responses, evidence: tuple[np.ndarray, tuple[Step, ...]]) -> str:
+    emissions, read = evidence
+    kinds = {step.kind for step in flattened(read)}
+    if not emissions.size:  # such as a clip to zero
+        before, after = clip_precedes_the_rules(read), clip_follows_a_rule(read)
+        return _WORDS[before, after] if kinds & {"state", "own_clip"} else "none"
+    if (
+        "clip" in kinds
+        and not kinds & {"state", "own_clip"}
+        and _all_normalized(probe, seen, evidence)
+    ):
+        return "stateless"
     curves = seen.updated[:, emissions[0], :]
     clipped = any(classify(probe.scales, curves[:, j]) == "clipped" for j in range(curves.shape[1]))
     return "stateless" if clipped else "none"
+
+
+def _all_normalized(probe: Probe, seen: Responses, evidence: tuple[np.ndarray, Any]) -> bool:
+    curves = seen.updated[:, evidence[0][0], :]
+    return all(
+        classify(probe.scales, curves[:, j]) in ("normalized", "unmoved")
+        for j in range(curves.shape[1])
+    )

@@ -8,14 +8,13 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.optim.adaptive import AdamState, adamw
+from jaxgrad.optim.arguments import check_decay, check_nonnegative, check_rate
 from jaxgrad.optim.base import (
     Arithmetic,
     DecayPlan,
     arithmetic,
     average,
     cast_like,
-    check_decay,
-    check_nonnegative,
     finish,
     increment,
     rule,
@@ -149,7 +148,8 @@ def muon(  # noqa: PLR0913, PLR0917 (optax's signature)
     """
     arith = arithmetic(numerics)
     check_decay(beta=beta)
-    check_nonnegative(eps=eps)
+    check_rate(learning_rate)
+    check_nonnegative(eps=eps, weight_decay=weight_decay)
     _check_coefficients(ns_coeffs, ns_steps)
     decay = DecayPlan(weight_decay, weight_decay_mask)
     other = adamw(

@@ -7,12 +7,12 @@ one state leaf is scaled by hand: the update grows with it, and then stops at a 
 Updates themselves are never compared: Adam's are the same for g and for 1000 g.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import PyTree
 
 from jaxgrad.tree import count_parameters, is_array, is_inexact_array, leaf_names, path_name
@@ -37,29 +37,68 @@ class Responses(NamedTuple):
     updated: np.ndarray
 
 
+# Steps of gradients of norm one after which adaptive thresholds have settled.
+_WARM = 32
+# Reductions that XLA may fuse into one loop; its compile time is superlinear in them.
+_GROUP = 64
+
+
 def _largest(x: Any) -> Any:
     return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
 
 
+def _largest_each(leaves: list[Any]) -> Any:
+    """The largest entry of every leaf, as a vector; one zero for no leaves."""
+    sizes = [_largest(x) for x in leaves] or [jnp.zeros(())]
+    rows = [jnp.stack(sizes[i : i + _GROUP]) for i in range(0, len(sizes), _GROUP)]
+    return rows[0] if len(rows) == 1 else jnp.concatenate(jax.lax.optimization_barrier(rows))
+
+
 class Probe:
-    """The measurements of one transformation; each method compiles once."""
+    """The measurements of one transformation; each method compiles once.
+
+    The compiled functions belong to the probe, so that they and the parameters go with it.
+    """
 
     def __init__(self, tx: Any, params: PyTree, extra_args: dict[str, Any]):
         self.tx, self.extra = tx, extra_args
         self.params = jax.tree.map(_single, params)
-        self.direction = _direction(self.params)
-        state = tx.init(self.params)
+        # Lookahead keeps a second copy of the parameters; gradients are those of the first.
+        pair = isinstance(self.params, optax.LookaheadParams)
+        self.direction = _direction(self.params.fast if pair else self.params)
+        self.state = state = tx.init(self.params)
         paths = jax.tree_util.tree_flatten_with_path(state)[0]
-        self.float_leaves = [i for i, (_, leaf) in enumerate(paths) if is_inexact_array(leaf)]
+        self.sizes = [int(np.size(paths[i][1])) for i in self.float_leaves_of(paths)]
+        self.float_leaves = self.float_leaves_of(paths)
         names = leaf_names(state, root="state")
         self.names = [names[i] for i in self.float_leaves]
         self.owners = [self._owner(*paths[i]) for i in self.float_leaves]
-        self.update_names = leaf_names(self.direction, root="update")
+        self._disown_scalars()
+        self._respond = jax.jit(self._responses, static_argnums=2)
+        self._saturate = jax.jit(self._saturation)
+
+    @staticmethod
+    def float_leaves_of(paths: list[Any]) -> list[int]:
+        """Which leaves of a flattened state are floating-point arrays."""
+        return [i for i, (_, leaf) in enumerate(paths) if is_inexact_array(leaf)]
+
+    def _disown_scalars(self) -> None:
+        """A scalar at index 0 of a chain's state is no state of the first of a list of parameters.
+
+        Where a rule keeps one scalar a parameter, it does so for every parameter.
+        """
+        params = jax.tree.leaves(self.direction)
+        wanted = sum(is_inexact_array(p) for p in params)
+        groups = [group for group, _ in self.owners]
+        for k, (group, owner) in enumerate(self.owners):
+            scalar = self.sizes[k] == 1 and owner is not None and np.size(params[owner]) > 1
+            if scalar and groups.count(group) < wanted:
+                self.owners[k] = (self.names[k], None)
 
     def _owner(self, path: Any, leaf: Any) -> tuple[str, int | None]:
         """``(group, parameter)``: the path without its parameter's, and the parameter's index."""
         best: tuple[str, int | None, int] = (path_name(path), None, -1)
-        for k, (tail, p) in enumerate(jax.tree_util.tree_flatten_with_path(self.params)[0]):
+        for k, (tail, p) in enumerate(jax.tree_util.tree_flatten_with_path(self.direction)[0]):
             n = len(tail)
             if (
                 len(path) < n
@@ -83,39 +122,45 @@ class Probe:
         leaves = jax.tree.leaves(state)
         return [leaves[i] for i in self.float_leaves]
 
-    @functools.partial(jax.jit, static_argnums=(0, 2))
-    def _respond(self, scales: Any, steps: int) -> Any:
+    def _responses(self, state: Any, scales: Any, steps: int) -> Any:
         def one(c: Any) -> Any:
             both = jnp.stack([c, jnp.zeros(())])  # the run at c, and one without a gradient
 
             def body(states: Any, _: Any) -> Any:
                 u, states = jax.vmap(self._step)(states, both)
                 floats = self._floats(states)
-                none = [jnp.zeros(())]
                 row = (
-                    jnp.stack([_largest(pair[0] - pair[1]) for pair in floats] or none),
-                    jnp.stack([_largest(pair[1]) for pair in floats] or none),
-                    jnp.stack([_largest(pair[0] - pair[1]) for pair in u] or none),
+                    _largest_each([pair[0] - pair[1] for pair in floats]),
+                    _largest_each([pair[1] for pair in floats]),
+                    _largest_each([pair[0] - pair[1] for pair in u]),
                 )
                 return states, row
 
-            start = jax.vmap(lambda _: self.tx.init(self.params))(both)
+            start = jax.tree.map(lambda x: jnp.stack([x, x]), state)
             return jax.lax.scan(body, start, length=steps)[1]
 
         return jax.lax.map(one, scales)
 
-    def respond(self, steps: int, scales: np.ndarray | None = None) -> Responses:
+    def respond(
+        self, steps: int, scales: np.ndarray | None = None, *, warm: bool = False
+    ) -> Responses:
         """Runs the probe for some steps at every scale (by default 2^-56 to 2^60).
 
         Args:
             steps: number of steps.
             scales: base-two logarithms of the gradient's norm.
+            warm: start after some steps with gradients of norm one, not from a fresh state.
 
         Returns:
             The responses.
         """
         exponents = self.scales if scales is None else scales
-        out = self._respond(jnp.asarray(np.exp2(exponents), jnp.float32), steps)
+        state = jax.tree.map(jnp.asarray, self.state)
+        if warm:
+            step = jax.jit(lambda s: self._step(s, jnp.ones(()))[1])
+            for _ in range(_WARM):
+                state = step(state)
+        out = self._respond(state, jnp.asarray(np.exp2(exponents), jnp.float32), steps)
         return Responses(*(np.asarray(part, np.float64) for part in out))
 
     @property
@@ -123,14 +168,13 @@ class Probe:
         """Base-two logarithms of the gradient norms that are tried; fewer for big models."""
         return _SCALES if count_parameters(self.params) < 100_000 else _SCALES[::2]
 
-    @functools.partial(jax.jit, static_argnums=(0,))
-    def _saturate(self, factors: Any, steps: Any, chosen: Any, last: Any) -> Any:
+    def _saturation(self, factors: Any, steps: Any, chosen: Any, last: Any) -> Any:
         one = jnp.ones(())
         state = jax.lax.fori_loop(
             0, steps, lambda _, s: self._step(s, one)[1], self.tx.init(self.params)
         )
         leaves, treedef = jax.tree.flatten(state)
-        sizes = jnp.stack([_largest(leaves[i]) for i in self.float_leaves])
+        sizes = _largest_each([leaves[i] for i in self.float_leaves])
         unit = jnp.max(sizes * chosen)
 
         def updates_at(factor: Any) -> list[Any]:
@@ -143,8 +187,8 @@ class Probe:
         def row(zero: Any, factor: Any) -> Any:
             u = updates_at(factor)
             zero = jax.tree.map(lambda z, a: jnp.where(factor == 0, a, z), zero, u)
-            change = jnp.stack([_largest(a - b) for a, b in zip(u, zero, strict=True)])
-            return zero, (change, jnp.stack([_largest(a) for a in u]))
+            change = _largest_each([a - b for a, b in zip(u, zero, strict=True)])
+            return zero, (change, _largest_each(u))
 
         shapes = jax.eval_shape(updates_at, one)
         start = [jnp.zeros(s.shape, s.dtype) for s in shapes]
@@ -232,12 +276,13 @@ def compile_probe(tx: Any, params: PyTree, extra_args: dict[str, Any]) -> Probe:
     Raises:
         TypeError: if update needs more arguments than these.
     """
-    probe = Probe(tx, params, extra_args)
     try:
+        probe = Probe(tx, params, extra_args)
         _ = jax.eval_shape(lambda: probe._step(tx.init(probe.params), jnp.ones(())))
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"clip_order could not run update(grads, state, params): {error}. If the "
-            "transformation needs further arguments, pass extra_args={...}"
+            f"clip_order could not run init(params) and update(grads, state, params): {error}. If "
+            "the transformation needs further arguments, pass extra_args={...}; parameters are "
+            "arrays (of an equinox module, equinox.filter(model, equinox.is_inexact_array))"
         ) from error
     return probe

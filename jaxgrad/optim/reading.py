@@ -21,6 +21,7 @@ _INTENTIONAL = ("adafactor", "scale_by_factored_rms", "scale_by_adopt", "scale_b
 _STATEFUL = (
     *("scale_by_", "trace", "ema", "adafactor", "adamw", "sgd", "lion", "rmsprop", "adagrad"),
     *("muon", "momentum", "nesterov", "schedule_free", "adam", "novograd", "yogi", "lamb"),
+    *("prodigy", "dadapt", "mechanize", "momo", "cocob", "dog", "dowg", "acprop", "lbfgs"),
 )
 _STATELESS = (
     *("scale_by_learning_rate", "scale_by_schedule", "scale_by_param_block", "scale_by_trust"),
@@ -208,4 +209,21 @@ def clip_follows_a_rule(steps: tuple[Step, ...]) -> bool:
         if "clip" in kinds and state_seen and before != "scale_by_factored_rms":
             return True
         state_seen, before = state_seen or bool(kinds & {"state", "own_clip"}), step.name
+    return False
+
+
+def clip_precedes_the_rules(steps: tuple[Step, ...]) -> bool:
+    """Whether a clip stands before the first stateful rule.
+
+    Args:
+        steps: of `read_steps`.
+
+    Returns:
+        True if so, in every branch where there are several.
+    """
+    for step in steps:
+        if step.branches:
+            return all(clip_precedes_the_rules(branch) for branch in step.branches)
+        if step.kind in ("clip", "state", "own_clip"):
+            return step.kind == "clip"
     return False
