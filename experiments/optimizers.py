@@ -33,7 +33,7 @@ def windows(config: Config, data: frame.Data, task: str) -> np.ndarray:
 
 def judge_sensitivity(config: Config, data: frame.Data) -> frame.Verdict:
     """By task: Adam's window of good rates is wider than SGD's, for the seeds' 95 % interval."""
-    good, words = {}, []
+    good, words, undecided = {}, [], False
     for task in TASKS:
         found = windows(config, data, task)
         gap = found[:, RULES.index("Adam")] - found[:, RULES.index("SGD")]
@@ -41,9 +41,12 @@ def judge_sensitivity(config: Config, data: frame.Data) -> frame.Verdict:
         good[task] = bool(low > 0)
         sizes = ", ".join(f"{r} {w:.1f}" for r, w in zip(RULES, found.mean(0), strict=True))
         open_ = " (these seeds do not decide it)" if low <= 0 < mean else ""
+        undecided |= bool(open_)
         words.append(
             f"{task}: decades {sizes}; Adam less SGD {mean:+.2f} [{low:+.2f}, {high:+.2f}]{open_}"
         )
+    if undecided and not any(good.values()):
+        return frame.Verdict("holds if", "; ".join(words), "more seeds than these bear it out")
     return frame.conclude(good, "; ".join(words))
 
 
