@@ -248,8 +248,8 @@ def figures(config: Config, data: frame.Data) -> list[Any]:
         shares = arrays["float16_zero"][:, 0, ::-1], arrays["bfloat16_zero"][:, ::-1]
         for ax, lost in zip(axes, shares, strict=True):
             drawing.line(ax, index, depth, lost, name, markevery=7)
-    for ax, title in zip(axes, ("fp16", "bf16"), strict=True):
-        drawing.words(ax, f"{title}: elements of dL/dh lost", "layers passed", "share zero")
+    for ax, name in zip(axes, ("fp16", "bf16"), strict=True):  # one legend serves both
+        drawing.words(ax, f"{name}: dL/dh lost", "layers", "share zero", legend=name == "bf16")
         ax.set_ylim(-0.03, 1.03)
     second, axes = drawing.panels(2, width=9.6, height=3.8)
     arrays, product = data["products"], config.product
