@@ -6,7 +6,7 @@ found by comparing with the dense answer in float64, which its user would not ha
 its residuals, at 2e-3 here, where the values err by 1e-6 as matfree's then do. Both linearize once.
 The dense case multiplies the layers' Jacobians and calls an SVD. Run:
 `./scripts/bench extremes` (also part of `./scripts/bench spectrum`); matfree's case needs
-`JAXGRAD_EXTRAS=test,peers`.
+`JAXGRAD_EXTRAS=test,bench`.
 """
 
 import dataclasses
