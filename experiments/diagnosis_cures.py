@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 from experiments import diagnosis_models as m
+from experiments import diagnosis_modules as modules
 from experiments import diagnosis_programs as programs
-from experiments import diagnosis_programs_more as more
+from experiments.diagnosis_faults_more import PROGRAMS
 from experiments.diagnosis_programs import adam, classify, digits_mlp, pre_ln_transformer
 from jaxgrad.diagnosis import Finding
 from jaxgrad.diagnosis.evidence import Evidence
@@ -159,24 +160,16 @@ AUTOMATIC: dict[str, Callable[[Made, Finding], Made]] = {
 # ------------------------------------------------------------------------------------- by hand
 
 
-def _safe_distances(seed: int) -> Made:
-    def loss(p: Any, b: Any) -> Any:
-        x = b[0]
-        for i, layer in enumerate(p[:-1]):
-            x = jax.nn.relu(x @ layer["w"] + layer["b"])
-            if i == 1:
-                squares = jnp.square(x[:, None] - x[None]).sum(-1)
-                safe = jnp.where(squares > 0, squares, 1.0)
-                x = x + jnp.where(squares > 0, jnp.sqrt(safe), 0.0).mean(1, keepdims=True)
-        return m.cross_entropy(x @ p[-1]["w"] + p[-1]["b"], b[1])
-
-    return digits_mlp(seed, adam()) | {"loss": loss}
+def _safe_root(squares: Any) -> Any:
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
 
 
 def _safe_norm(h: Any) -> Any:
-    squares = jnp.square(h).sum(-1, keepdims=True)
-    safe = jnp.where(squares > 0, squares, 1.0)
-    return jnp.where(squares > 0, jnp.sqrt(safe), 0.0)
+    return _safe_root(jnp.square(h).sum(-1, keepdims=True))
+
+
+def _safe_distances(seed: int) -> Made:
+    return digits_mlp(seed, adam()) | {"loss": m.distance_loss(_safe_root)}
 
 
 def _zero_norm(seed: int) -> Made:
@@ -214,7 +207,7 @@ def _argmax(seed: int) -> Made:
             hard = jax.nn.one_hot(soft.argmax(-1), 16)
             return nn.Dense(10)(soft + jax.lax.stop_gradient(hard - soft))
 
-    return more.linen(seed, Model(), m.digits(seed), adam())
+    return modules.linen(seed, Model(), m.digits(seed), adam())
 
 
 def _layer_norm(seed: int) -> Made:
@@ -243,7 +236,7 @@ _PENALTY_FACTOR: dict[int, float] = {}
 
 
 def _tokens(seed: int) -> Made:
-    made = next(p for p in more.PROGRAMS if p.name == "unequal_tokens").make(seed)
+    made = next(p for p in PROGRAMS if p.name == "unequal_tokens").make(seed)
     mean = float(np.mean([b[2].sum() for b in made["batches"]]))
 
     def loss(p: Any, b: Any) -> Any:
@@ -289,10 +282,10 @@ def _rnn(seed: int, act: Any, tx: Any, **data: Any) -> Made:
 # Programs whose fix is a line of the loss or the model, with the line.
 BY_HAND: dict[str, Callable[[int], Made]] = {
     "stopped": lambda s: digits_mlp(s, adam()), "rounded": _rounded, "linen_argmax": _argmax,
-    "nnx_cast": lambda s: more.nnx_mlp(s, m.digits(s), adam()),
+    "nnx_cast": lambda s: modules.nnx_mlp(s, m.digits(s), adam()),
     "where_sqrt": _safe_distances, "zero_norm": _zero_norm, "rnn_norm_nan": _rnn_norm,
     "softmax_twice": lambda s: digits_mlp(s, adam()),
-    "nnx_softmax_twice": lambda s: more.nnx_mlp(s, m.digits(s), adam()),
+    "nnx_softmax_twice": lambda s: modules.nnx_mlp(s, m.digits(s), adam()),
     "softmax_of_one": lambda s: _circle(s, [2, 16, 16, 16, 1], 1e-3),
     "relu_logits": lambda s: digits_mlp(s, adam()),
     "sigmoid_regression": lambda s: _regression(s, False),
@@ -304,12 +297,12 @@ BY_HAND: dict[str, Callable[[int], Made]] = {
     "penalty_strong": _penalty,
     "decay_strong": lambda s: digits_mlp(s, optax.adamw(3e-3, weight_decay=1e-4)),
     "dropout_strong": lambda s: programs.with_dropout(s, 0.9),
-    "linen_dropout_strong": lambda s: more.keyed(
-        s, more.LinenMLP(rate=0.1, widths=(64, 64, 10)), m.digits(s), adam(3e-3)
+    "linen_dropout_strong": lambda s: modules.keyed(
+        s, modules.LinenMLP(rate=0.1, widths=(64, 64, 10)), m.digits(s), adam(3e-3)
     ),
     "batch_norm_one": _layer_norm,
-    "linen_batch_of_one": lambda s: more.linen(
-        s, more.LinenMLP(norm=nn.LayerNorm), m.digits(s, 1), adam()
+    "linen_batch_of_one": lambda s: modules.linen(
+        s, modules.LinenMLP(norm=nn.LayerNorm), m.digits(s, 1), adam()
     ),
     "unscaled_attention": lambda s: pre_ln_transformer(s, adam()),
     "attention_only": lambda s: pre_ln_transformer(s, adam()) | {

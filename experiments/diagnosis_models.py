@@ -104,6 +104,34 @@ def mlp(params: Any, x: Any, act: Callable = jax.nn.relu) -> Any:
     return x @ params[-1]["w"] + params[-1]["b"]
 
 
+def adapters(seed: int, base: Any, rank: int = 4) -> list[dict[str, Any]]:
+    """Low-rank additions to the weights of a perceptron, zero at first."""
+    key = jax.random.key(seed)
+    shapes = [layer["w"].shape for layer in base]
+    return [{"a": lecun(key, (n, rank)), "b": jnp.zeros((rank, k))} for n, k in shapes]
+
+
+def adapted(base: Any, additions: Any) -> list[dict[str, Any]]:
+    """The perceptron with its additions."""
+    pairs = zip(base, additions, strict=True)
+    return [{"w": p["w"] + q["a"] @ q["b"], "b": p["b"]} for p, q in pairs]
+
+
+def distance_loss(root: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """Of a perceptron in which every example also sees its mean distance to all, itself too."""
+
+    def loss(p: Any, b: Any) -> Any:
+        x = b[0]
+        for i, layer in enumerate(p[:-1]):
+            x = jax.nn.relu(x @ layer["w"] + layer["b"])
+            if i == 1:
+                distance = root(jnp.square(x[:, None] - x[None]).sum(-1))
+                x = x + distance.mean(1, keepdims=True)
+        return cross_entropy(x @ p[-1]["w"] + p[-1]["b"], b[1])
+
+    return loss
+
+
 def cross_entropy(logits: Any, labels: Any) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 

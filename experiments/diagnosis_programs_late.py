@@ -8,8 +8,9 @@ import numpy as np
 import optax
 
 from experiments import diagnosis_models as m
+from experiments.diagnosis_faults_more import PROGRAMS
+from experiments.diagnosis_modules import mse
 from experiments.diagnosis_programs import adam, classify, digits_mlp, program
-from experiments.diagnosis_programs_more import PROGRAMS, mse
 
 __all__ = ["PROGRAMS"]
 
@@ -62,21 +63,12 @@ def bfloat16_parameters(seed: int) -> dict[str, Any]:
 def lora_inside(seed: int) -> dict[str, Any]:
     """The frozen base stands beside the adapters, behind a stop_gradient."""
     base = m.mlp_params(seed, [64, 32, 10])
-    key = jax.random.key(seed)
-    adapters = [
-        {"a": m.lecun(key, (p["w"].shape[0], 4)), "b": jnp.zeros((4, p["w"].shape[1]))}
-        for p in base
-    ]
+    params = {"base": base, "lora": m.adapters(seed, base)}
 
     def apply(params: Any, x: Any) -> Any:
-        frozen = jax.lax.stop_gradient(params["base"])
-        merged = [
-            {"w": p["w"] + q["a"] @ q["b"], "b": p["b"]}
-            for p, q in zip(frozen, params["lora"], strict=True)
-        ]
-        return m.mlp(merged, x)
+        return m.mlp(m.adapted(jax.lax.stop_gradient(params["base"]), params["lora"]), x)
 
-    return classify({"base": base, "lora": adapters}, apply, m.digits(seed), adam(1e-2))
+    return classify(params, apply, m.digits(seed), adam(1e-2))
 
 
 @program(part="late")

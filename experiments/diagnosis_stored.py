@@ -1,5 +1,6 @@
 """The benchmark's programs, recorded while they train and diagnosed when they are over."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from experiments.diagnosis_programs import Program
 from jaxgrad import monitor
 from jaxgrad.diagnosis import Report, diagnose_run
 from jaxgrad.flow import value_and_grad_flow
-from jaxgrad.tree import inexact_leaves, is_inexact_array
+from jaxgrad.tree import inexact_leaves, replace_inexact
 
 STEPS = 120
 
@@ -20,20 +21,8 @@ def record(made: dict[str, Any], folder: Path, steps: int = STEPS) -> None:
     loss, tx = made["loss"], monitor.watch(optimizer_of(made))
     batches = list(made.get("batches") or [made["batch"]])
     key = made.get("key")
-    leaves, treedef = jax.tree.flatten(made["params"])
-    wanted = [i for i, leaf in enumerate(leaves) if is_inexact_array(leaf)]
-
-    def params_of(values: list[Any]) -> Any:
-        full = list(leaves)
-        for i, value in zip(wanted, values, strict=True):
-            full[i] = value
-        return jax.tree.unflatten(treedef, full)
-
-    def tree_of(values: list[Any]) -> Any:
-        full: list[Any] = [None] * len(leaves)
-        for i, value in zip(wanted, values, strict=True):
-            full[i] = value
-        return jax.tree.unflatten(treedef, full)
+    params_of = functools.partial(replace_inexact, made["params"])
+    tree_of = functools.partial(replace_inexact, made["params"], keep=False)
 
     @jax.jit
     def step(values: list[Any], state: Any, batch: Any, t: Any) -> Any:
@@ -44,7 +33,7 @@ def record(made: dict[str, Any], folder: Path, steps: int = STEPS) -> None:
         moved = optax.apply_updates(values, list(inexact_leaves(updates)))
         return moved, state, (value, flow, updates, gradient)
 
-    values = [leaves[i] for i in wanted]
+    values = list(inexact_leaves(made["params"]))
     state = tx.init(tree_of(values))
     classes = made.get("classes")
     with monitor.Recorder(folder, optimizer=optimizer_of(made), classes=classes) as recorder:

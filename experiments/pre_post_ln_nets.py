@@ -12,7 +12,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 import jaxgrad as jg
-from experiments.atlas import frame, training
+from experiments.atlas import deep, frame, training
 from experiments.atlas.measuring import log_gains
 from jaxgrad import nn, optim
 from jaxgrad.nn import mlp, transformer
@@ -65,11 +65,6 @@ class Config:
     factors: tuple[float, ...] = (0.5, 0.7, 0.9, 1.1, 1.4, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
-def _stacked(init: Any, key: jax.Array, depth: int) -> Any:
-    """Blocks drawn in one vmapped call."""
-    return jax.tree.map(lambda a: a[:, 0], jax.vmap(init)(jax.random.split(key, depth)))
-
-
 def _drawn(init: Any, seeds: int) -> tuple[Any, jax.Array]:
     """(parameters, further keys) of all seeds.
 
@@ -78,10 +73,6 @@ def _drawn(init: Any, seeds: int) -> tuple[Any, jax.Array]:
     """
     keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.key(0), seeds))
     return jax.vmap(init)(keys[:, 0]), keys[:, 1]
-
-
-def _over_seeds(function: Any, *arguments: Any) -> Any:
-    return jax.device_get(frame.compiled(jax.vmap(function))(*arguments))
 
 
 def kept(depth: int) -> np.ndarray:
@@ -101,7 +92,9 @@ def _feed_forward(config: Config) -> frame.Arrays:
 
     def init(key: jax.Array) -> Any:  # both rules have the same parameters
         keys = jax.random.split(key)
-        blocks = _stacked(lambda k: mlp.init(k, model_of("pre"))["blocks"], keys[0], config.depth)
+        blocks = deep.blocks(
+            lambda k: mlp.init(k, model_of("pre"))["blocks"], keys[0], config.depth
+        )
         return blocks, jax.random.normal(keys[1], (2, config.width))
 
     def one(blocks: Any, ends: jax.Array, norm: str) -> dict[str, jax.Array]:
@@ -135,7 +128,7 @@ def _feed_forward(config: Config) -> frame.Arrays:
         found = {norm: one(*drawn, norm) for norm in NORMS}
         return {f"{norm}_{k}": v for norm, values in found.items() for k, v in values.items()}
 
-    return _over_seeds(both, _drawn(init, config.seeds)[0])
+    return frame.mapped(both, _drawn(init, config.seeds)[0])
 
 
 def _model(norm: str, depth: int, config: Config, **changes: Any) -> transformer.Config:
@@ -149,7 +142,7 @@ def _model(norm: str, depth: int, config: Config, **changes: Any) -> transformer
 
 def _blocks(key: jax.Array, model: transformer.Config, depth: int) -> Any:
     one = dataclasses.replace(model, depth=1)
-    return _stacked(lambda k: transformer.init(k, one)["blocks"], key, depth)
+    return deep.blocks(lambda k: transformer.init(k, one)["blocks"], key, depth)
 
 
 def _net(key: jax.Array, model: transformer.Config) -> dict[str, Any]:
@@ -181,7 +174,7 @@ def _attention(config: Config) -> frame.Arrays:
     def both(drawn: Any) -> dict[str, jax.Array]:
         return {norm: one(*drawn, norm) for norm in NORMS}
 
-    return _over_seeds(both, _drawn(init, config.seeds)[0])
+    return frame.mapped(both, _drawn(init, config.seeds)[0])
 
 
 def digit_net(norm: str, depth: int, config: Config) -> tuple[Any, Any]:
@@ -224,7 +217,7 @@ def _grid(init: Any, loss: Any, peaks: tuple[float, ...], config: Config) -> fra
 
         return {"loss": jax.vmap(jax.vmap(cell, (None, 0)), (0, None))(rates, warm)}
 
-    return _over_seeds(one, *_drawn(init, config.runs))
+    return frame.mapped(one, *_drawn(init, config.runs))
 
 
 def _digits(norm: str, depth: int, config: Config) -> frame.Arrays:

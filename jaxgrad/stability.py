@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.rule_response import read_rule
-from jaxgrad.tree import is_inexact_array
+from jaxgrad.tree import inexact_leaves, replace_inexact
 
 
 class Eigenvalue(NamedTuple):
@@ -164,24 +164,18 @@ def top_hessian_eigenvalue(  # noqa: PLR0913
 
 def _floats(params: PyTree, where: str) -> tuple[Array, Callable[[Array], PyTree]]:
     """The floating-point leaves as one vector, and the way back: a tree with None elsewhere."""
-    leaves, treedef = jax.tree.flatten(params)
-    kept = [i for i, leaf in enumerate(leaves) if is_inexact_array(leaf)]
-    if not kept or any(jnp.iscomplexobj(leaves[i]) for i in kept):
+    kept = inexact_leaves(params)
+    if not kept or any(jnp.iscomplexobj(leaf) for leaf in kept):
+        leaves = jax.tree.leaves(params)
         raise TypeError(
             f"{where}: expected parameters with real floating-point arrays, got leaves of type "
             f"{sorted({getattr(x, 'dtype', type(x).__name__) for x in leaves}, key=str)}"
         )
-    arrays = [jnp.asarray(leaves[i]) for i in kept]
+    arrays = [jnp.asarray(leaf) for leaf in kept]
     wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays]
     flat, unravel = ravel_pytree(wide)
 
-    def back(vector: Array) -> PyTree:
-        new: list[Any] = [None] * len(leaves)
-        for i, value in zip(kept, unravel(vector), strict=True):
-            new[i] = value
-        return jax.tree.unflatten(treedef, new)
-
-    return flat, back
+    return flat, lambda vector: replace_inexact(params, unravel(vector), keep=False)
 
 
 def _gradient(loss: Callable[..., Array], params: PyTree, batch: PyTree) -> Callable:

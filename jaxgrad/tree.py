@@ -6,7 +6,7 @@ keys and ``float0`` cotangents are passed by everywhere in this library.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -248,6 +248,26 @@ def _norm_and_scale_jvp(primals, tangents):
 def inexact_leaves(tree: PyTree) -> tuple[Any, ...]:
     """The leaves of a pytree that are inexact arrays, in the order of ``jax.tree.leaves``."""
     return tuple(leaf for leaf in jax.tree.leaves(tree) if is_inexact_array(leaf))
+
+
+def replace_inexact(tree: PyTree, values: Sequence[Any], *, keep: bool = True) -> PyTree:
+    """The inverse of `inexact_leaves`: a tree with other values for its inexact leaves.
+
+    Args:
+        tree: gives the structure, and the leaves that are no inexact arrays.
+        values: one for every inexact leaf, in order.
+        keep: whether the other leaves (an equinox module's functions, integer tables, keys) stay;
+            without it they become None, as optimizers see them.
+
+    Raises:
+        ValueError: for another number of values.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if is_inexact_array(leaf)]
+    filled = list(leaves) if keep else [None] * len(leaves)
+    for place, value in zip(places, values, strict=True):
+        filled[place] = value
+    return jax.tree.unflatten(treedef, filled)
 
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:

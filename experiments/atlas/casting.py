@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.atlas import frame
+from experiments.atlas import deep, frame
 from jaxgrad import theory, tree
 from jaxgrad.nn import mlp
 
@@ -64,7 +64,7 @@ def norms() -> frame.Arrays:
     def both(v: jax.Array) -> frame.Arrays:
         return {"plain": jnp.linalg.norm(v), "safe": tree.global_norm(v)}
 
-    return {"exponent": exponents, **jax.device_get(frame.compiled(jax.vmap(both))(vectors))}
+    return {"exponent": exponents, **frame.mapped(both, vectors)}
 
 
 def judge_norm(arrays: frame.Arrays) -> frame.Verdict:
@@ -87,10 +87,8 @@ def judge_norm(arrays: frame.Arrays) -> frame.Verdict:
 
 def gain(activation: str, initializer: str, width: int) -> float:
     """Mean-field factor of the gradient's root mean square a layer, at the fixed point."""
-    laws = {"torch_linear": 1 / 3, "xavier_normal": 1.0, "he_normal": 2.0}
-    variance = laws[initializer]
-    bias = variance / width if initializer == "torch_linear" else 0.0
+    sigma_w, sigma_b = deep.sigmas(initializer, width)
     q = 1.0
     for _ in range(30):
-        q = float(theory.variance_map(activation, q, variance**0.5, bias**0.5))
-    return float(theory.chi_1(activation, q, variance**0.5)) ** 0.5
+        q = float(theory.variance_map(activation, q, sigma_w, sigma_b))
+    return float(theory.chi_1(activation, q, sigma_w)) ** 0.5

@@ -45,6 +45,11 @@ def stacked(trees: Sequence[PyTree], axis: int = 0) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
 
 
+def blocks(init: Callable[[Array], PyTree], key: Array, depth: int) -> PyTree:
+    """Blocks drawn in one vmapped call; `init` gives one block, stacked along an axis of one."""
+    return jax.tree.map(lambda leaf: leaf[:, 0], jax.vmap(init)(jax.random.split(key, depth)))
+
+
 def sigmas(rule: str, width: int) -> tuple[float, float]:
     """(sigma_w, sigma_b) of square layers drawn by a named rule."""
     return SIGMA_W2[rule] ** 0.5, (SIGMA_B2.get(rule, 0.0) / width) ** 0.5

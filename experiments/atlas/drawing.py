@@ -8,32 +8,24 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxgrad.report.figures import LAYOUT
+
 # Okabe and Ito's colors, which color-blind readers tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f7f7f", "#B8A800")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK, FAINT, GRID = "#1b1f24", "#57606a", "#d8dee4"
 
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
+STYLE: dict[Any, Any] = LAYOUT | {
     "text.color": INK,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
     "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
-    "svg.fonttype": "none",
 }
 # Titles, legends and texts take their look when they are made, not from their figure.
 styled = mpl.rc_context(STYLE)

@@ -101,6 +101,11 @@ def traces() -> int:
     return _TRACES[0]
 
 
+def mapped(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function over the leading axis of its arguments, in one compiled call, on the host."""
+    return jax.device_get(compiled(jax.vmap(function))(*arguments))
+
+
 def over_seeds(function: Callable[[jax.Array], Any], seeds: int, *, seed: int = 0) -> Any:
     """The function of a key, for all seeds in one compiled call.
 
@@ -112,8 +117,7 @@ def over_seeds(function: Callable[[jax.Array], Any], seeds: int, *, seed: int = 
     Returns:
         numpy arrays with a leading axis of seeds.
     """
-    keys = jax.random.split(jax.random.key(seed), seeds)
-    return jax.device_get(compiled(jax.vmap(function))(keys))
+    return mapped(function, jax.random.split(jax.random.key(seed), seeds))
 
 
 def interval(values: Any, confidence: float = 0.95) -> tuple[Any, Any, Any]:

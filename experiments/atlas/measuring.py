@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from experiments.atlas import frame
+from experiments.atlas import deep, frame
 from jaxgrad import nn
 from jaxgrad.nn import mlp
 
@@ -68,10 +68,7 @@ def deep_mlp(key: Array, config: mlp.Config) -> dict[str, Any]:
         raise ValueError("config: expected a scanned model without Fixup")
     norm, for_ends, for_blocks = nn.NORMS[config.norm], *jax.random.split(key)
     single = replace(config, depth=1)
-    blocks = jax.vmap(lambda k: mlp.init(k, single)["blocks"])(
-        jax.random.split(for_blocks, config.depth)
-    )
-    blocks = jax.tree.map(lambda leaf: leaf[:, 0], blocks)
+    blocks = deep.blocks(lambda k: mlp.init(k, single)["blocks"], for_blocks, config.depth)
     ends = mlp.init(for_ends, replace(config, depth=0))
     if config.residual == "none":
         return {**ends, "blocks": blocks}
@@ -107,4 +104,4 @@ def over_nets(
     keys = jax.random.split(jax.random.key(0), seeds)
     drawn = [_drawing(config)(keys) for config in configs]
     nets = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *drawn)
-    return jax.device_get(frame.compiled(jax.vmap(function))(keys, nets))
+    return frame.mapped(function, keys, nets)

@@ -11,9 +11,9 @@ from experiments.atlas import frame
 from experiments.atlas.chapters import FAILED, NOT_RUN, STATES, Chapter, Entry, counts, ranked
 from experiments.atlas.pictures import Picture
 from experiments.atlas.style import ATLAS_STYLE, ICONS
-from experiments.atlas.wording import escape, factor, nats, parts, rich
+from experiments.atlas.wording import factor, nats, parts, rich
 from jaxgrad.report.html import embed
-from jaxgrad.report.page import PAGE, STYLE
+from jaxgrad.report.page import PAGE, STYLE, escaped
 
 TITLE = "What is true of gradient flow"
 # Up to this width, in points, a figure stands beside its claims; a wider one above them.
@@ -31,7 +31,7 @@ def render(chapters: Sequence[Chapter]) -> str:
         ]
     )  # fmt: skip
     return PAGE.format(
-        title=escape(f"jaxgrad atlas: {TITLE}"), style=STYLE + ATLAS_STYLE + _filters(), body=body
+        title=escaped(f"jaxgrad atlas: {TITLE}"), style=STYLE + ATLAS_STYLE + _filters(), body=body
     )
 
 
@@ -40,7 +40,7 @@ def render(chapters: Sequence[Chapter]) -> str:
 
 def _header(chapters: Sequence[Chapter]) -> str:
     facts = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>"
+        f"<div><dt>{escaped(label)}</dt><dd>{escaped(value)}</dd></div>"
         for label, value in provenance(chapters).items()
     )
     total = sum(counts(chapters).values())
@@ -115,7 +115,7 @@ def _group(chapter: Chapter) -> str:
     name, links = chapter.experiment.name, _figure_links(chapter.pictures)
     rows = "".join(_row(entry, chapter) for entry in chapter.entries)
     return f"""<tbody data-group><tr class="group"><th colspan="4" scope="rowgroup">
-<a href="#{name}">{chapter.number}. {escape(_title(name))}</a>
+<a href="#{name}">{chapter.number}. {escaped(_title(name))}</a>
 <span class="small">{rich(chapter.experiment.question)}{links}</span></th></tr>{rows}</tbody>"""
 
 
@@ -125,9 +125,9 @@ def _row(entry: Entry, chapter: Chapter) -> str:
     if verdict is not None:
         measured = rich("; ".join(parts(verdict.measured)))
     elif entry.state == NOT_RUN:
-        measured = f"<code>{escape(chapter.command)}</code>"
+        measured = f"<code>{escaped(chapter.command)}</code>"
     else:
-        measured = escape(entry.reason)
+        measured = escaped(entry.reason)
     return f"""<tr data-state="{_slug(entry.state)}"><td>{_badge(entry.state)}</td>
 <th scope="row"><a href="#{entry.key}">{rich(entry.claim.statement)}</a>{condition}</th>
 <td class="measured"><span>{measured}</span></td><td class="off">{off}</td></tr>"""
@@ -174,7 +174,7 @@ def _intuitions(chapters: Sequence[Chapter]) -> str:
             for e in chapter.entries
             if e.verdict is not None and e.claim.intuition
         )
-        title, links = escape(_title(chapter.experiment.name)), _figure_links(chapter.pictures)
+        title, links = escaped(_title(chapter.experiment.name)), _figure_links(chapter.pictures)
         if lines:
             heading = f'<h3>{title} <span class="small">{links}</span></h3>'
             items.append(f"<div data-group>{heading}<ul>{lines}</ul></div>")
@@ -193,14 +193,14 @@ def _evidence(chapters: Sequence[Chapter]) -> str:
 def _chapter(chapter: Chapter) -> str:
     name = chapter.experiment.name
     claims = "".join(_claim(entry, chapter) for entry in chapter.entries)
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in chapter.notes)
-    notes += "".join(f'<p class="note fault">{escape(fault)}</p>' for fault in chapter.faults)
+    notes = "".join(f'<p class="note">{escaped(note)}</p>' for note in chapter.notes)
+    notes += "".join(f'<p class="note fault">{escaped(fault)}</p>' for fault in chapter.faults)
     wide = any(picture.width > _BESIDE for picture in chapter.pictures)
     drawn = "".join(_figure(picture) for picture in chapter.pictures)
     drawn = drawn and f'<div class="pictures">{drawn}</div>'
     layout = "above" if wide or not drawn else "beside"
     return f"""<section class="chapter" id="{name}" data-group>
-<p class="kicker">{chapter.number}. {escape(_title(name))}</p>
+<p class="kicker">{chapter.number}. {escaped(_title(name))}</p>
 <h3>{rich(chapter.experiment.question)}</h3>{notes}
 <div class="evidence {layout}">{drawn}<div class="claims">{claims}</div></div>
 {_made(chapter)}</section>"""
@@ -214,7 +214,7 @@ def _figure(picture: Picture) -> str:
         "<svg ", f'<svg style="min-width:{0.8 * picture.width:.0f}px;'
         f'max-width:{1.3 * picture.width:.0f}px" ', 1,
     )  # fmt: skip
-    caption = f"<figcaption><b>Figure {picture.label}.</b> {escape(picture.caption)}</figcaption>"
+    caption = f"<figcaption><b>Figure {picture.label}.</b> {escaped(picture.caption)}</figcaption>"
     return element.replace("<svg ", '<div class="scroll" tabindex="0"><svg ', 1).replace(
         "</figure>", f"</div>{caption}</figure>"
     )
@@ -229,9 +229,9 @@ def _claim(entry: Entry, chapter: Chapter) -> str:
             d = verdict.divergence
             rows.append(("Off by", f"{rich(factor(d))} <span class='small'>({nats(d)})</span>"))
     else:
-        rows.append(("Verdict", escape(entry.reason)))
+        rows.append(("Verdict", escaped(entry.reason)))
         if entry.state != FAILED:
-            rows.append(("To measure", f"<code>{escape(chapter.command)}</code>"))
+            rows.append(("To measure", f"<code>{escaped(chapter.command)}</code>"))
     for preset, other in (entry.others or {}).items():
         words = f"{_badge(other.word)}{_condition(other)} {_list(parts(other.measured))}"
         rows.append((f"Otherwise with --preset {preset}", words))
@@ -247,18 +247,18 @@ def _claim(entry: Entry, chapter: Chapter) -> str:
 
 
 def _made(chapter: Chapter) -> str:
-    record, command = chapter.record, f"<code>{escape(chapter.command)}</code>"
+    record, command = chapter.record, f"<code>{escaped(chapter.command)}</code>"
     if record is None:
         return f'<p class="made small">Not measured yet. To measure: {command}</p>'
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     seconds = sum(record["seconds"].values())
     settings = "".join(
-        f"<div><dt>{escape(key)}</dt><dd>{escape(_setting(value))}</dd></div>"
+        f"<div><dt>{escaped(key)}</dt><dd>{escaped(_setting(value))}</dd></div>"
         for key, value in record["config"].items()
     )
     return f"""<details class="made small"><summary><span>{command} · {chapter.preset} preset ·
-{escape(_device(record))} · {escape(record["date"])} · {seconds:.0f} s</span></summary>
-<dl class="facts">{settings}<div><dt>versions</dt><dd>{escape(versions)}</dd></div></dl>
+{escaped(_device(record))} · {escaped(record["date"])} · {seconds:.0f} s</span></summary>
+<dl class="facts">{settings}<div><dt>versions</dt><dd>{escaped(versions)}</dd></div></dl>
 </details>"""
 
 

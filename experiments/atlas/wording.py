@@ -1,10 +1,10 @@
 """Numbers and texts as the atlas writes them, in HTML and in Markdown."""
 
-import html
 import math
 import re
 
 from experiments.atlas.frame import Verdict
+from jaxgrad.report.page import escaped
 
 _POWER = re.compile(r"\^(?:\(([^()]{1,16})\)|(-?\d+(?:\.\d+)?|-?[A-Za-z]\w*))")
 
@@ -40,14 +40,9 @@ def parts(measured: str) -> list[str]:
     return [part.strip() for part in measured.split(";") if part.strip()]
 
 
-def escape(value: object) -> str:
-    """A text in HTML."""
-    return html.escape(str(value), quote=True)
-
-
 def rich(value: object) -> str:
     """A text in HTML, its powers raised: 10^-7, 0.9^depth, s^(1/2)."""
-    return _POWER.sub(lambda m: f"<sup>{m[1] or m[2]}</sup>", escape(value))
+    return _POWER.sub(lambda m: f"<sup>{m[1] or m[2]}</sup>", escaped(value))
 
 
 def cell(value: object) -> str:

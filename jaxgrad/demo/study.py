@@ -1,5 +1,6 @@
 """One model, watched: its chain, its flow at initialization, and its flow while Adam trains it."""
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jaxgrad.chain import Chain, factorize
 from jaxgrad.demo.models import Task
 from jaxgrad.flow import Flow, value_and_grad_flow
 from jaxgrad.report.record import Gains, History, RunRecord
-from jaxgrad.tree import is_inexact_array
+from jaxgrad.tree import inexact_leaves, replace_inexact
 
 PROBES = 8
 MEASUREMENTS = 60
@@ -37,7 +38,8 @@ def study(task: Task, *, command: str, progress: Progress | None = None) -> RunR
     tell = progress or (lambda *_: None)
     start = time.perf_counter()
     batch = next(task.batches())
-    values, rebuild = _trainable(task.params)
+    values = [jnp.asarray(leaf) for leaf in inexact_leaves(task.params)]
+    rebuild = functools.partial(replace_inexact, task.params)
     measure = _measurer(task.loss, rebuild)
     tell("compiling the first pass", 0, task.steps)
     (first_loss, initial), _ = measure(values, batch)
@@ -133,23 +135,6 @@ def _normal_like(key: Array, tree: PyTree, probes: int) -> PyTree:
         for k, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, drawn)
-
-
-def _trainable(params: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
-    """The leaves that carry a gradient, and how to put new ones in their place.
-
-    All others (an equinox module's functions, integer tables, keys) stay as they are.
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    places = [i for i, leaf in enumerate(leaves) if is_inexact_array(leaf)]
-
-    def rebuild(values: list[Array]) -> PyTree:
-        filled = list(leaves)
-        for place, value in zip(places, values, strict=True):
-            filled[place] = value
-        return jax.tree.unflatten(treedef, filled)
-
-    return [jnp.asarray(leaves[i]) for i in places], rebuild
 
 
 def _measurer(loss: Callable[..., Array], rebuild: Callable[[list[Array]], PyTree]) -> Any:

@@ -23,6 +23,8 @@ from jaxgrad.optim.reading import flattened, read_steps
 Progress = Callable[[str], None]
 # A run that takes this share off its loss is learning.
 LEARNS = 0.3
+# A loss below this share of a guess's is that of a model that knows something.
+KNOWS = 0.7
 _STEPS = (80, 160)
 _BUDGET = 4e10  # floating-point operations of one training
 
@@ -130,7 +132,7 @@ class Evidence:
     @property
     def is_trained(self) -> bool:
         """Whether the given parameters already know something."""
-        return self.chance is not None and self.initial.value < 0.7 * self.chance
+        return self.chance is not None and self.initial.value < KNOWS * self.chance
 
     def hidden(self) -> list[Activation]:
         """Activations between layers, in forward order, that gate nothing."""
@@ -190,12 +192,8 @@ class Evidence:
 
         1 for a positive loss that went to zero; negative for a run that made it worse.
         """
-        base = self.initial.value if np.isfinite(self.initial.value) else run.first
-        if self.chance is not None and base > 0:
-            base = min(base, self.chance)
-        if not math.isfinite(run.last):
-            return -math.inf
-        return (base - run.last) / max(abs(base), 1e-12)
+        first = self.initial.value if np.isfinite(self.initial.value) else run.first
+        return taken_off(first, run.last, self.chance)
 
     @functools.cached_property
     def alternatives(self) -> dict[str, Run]:
@@ -300,6 +298,14 @@ class Evidence:
         first = int(np.argmax(moved))
         second = np.flatnonzero(moved[first + 1 :])
         return int(second[0]) + 1 if second.size else first + 1
+
+
+def taken_off(first: float, last: float, chance: float | None) -> float:
+    """The share of a loss that a run took off; -inf where it ended in no number."""
+    base = min(first, chance) if chance is not None and first > 0 else first
+    if not math.isfinite(last):
+        return -math.inf
+    return (base - last) / max(abs(base), 1e-12)
 
 
 def output_spread(evidence: Evidence, measured: Measurement) -> float | None:

@@ -103,13 +103,13 @@ def exploding(where: str, facts: dict[str, Any]) -> Finding:
 
 def flow_profile(evidence: Evidence) -> list[tuple[str, float]]:
     """Cotangent RMS at the hidden pre-activations, in forward order, iterations one by one."""
-    profile, reached = [], _reached(evidence)
+    profile = []
     for activation in evidence.hidden():
         tensor = evidence.initial.tensors.get(activation.source)
         if tensor is None or evidence.wiring.is_head(activation.output):
             continue
         sizes = np.atleast_1d(tensor.row["gradient_rms"]).reshape(-1)
-        if activation.where in reached and not sizes.any():
+        if not sizes.any() and _is_reached(evidence, activation.where):
             continue  # the loss uses the layer, not this value of it: its derivative, for instance
         many = len(sizes) > 1
         for k, size in enumerate(sizes):
@@ -118,10 +118,10 @@ def flow_profile(evidence: Evidence) -> list[tuple[str, float]]:
     return profile
 
 
-def _reached(evidence: Evidence) -> set[str]:
-    """Layers whose parameters receive a gradient."""
+def _is_reached(evidence: Evidence, layer: str) -> bool:
+    """Whether a parameter of a layer receives a gradient."""
     pairs = zip(evidence.problem.names, evidence.initial.grads, strict=True)
-    return {layer_of_leaf(evidence, name) for name, g in pairs if np.any(np.asarray(g) != 0)}
+    return any(np.any(np.asarray(g) != 0) for n, g in pairs if layer_of_leaf(evidence, n) == layer)
 
 
 def gradient_scale(evidence: Evidence) -> list[Finding]:

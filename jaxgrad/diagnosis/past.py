@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from jaxgrad.diagnosis.evidence import LEARNS
+from jaxgrad.diagnosis.evidence import KNOWS, LEARNS, taken_off
 from jaxgrad.monitor import Recording
 
 
@@ -77,12 +77,10 @@ class Past:
 
         The first loss is that of the first tenth where every step has another batch.
         """
-        base = float(self.losses[0])
-        if self.recording.chance is not None and base > 0:
-            base = min(base, self.recording.chance)
-        if not (math.isfinite(self.last) and math.isfinite(base)):
+        first = float(self.losses[0])
+        if not math.isfinite(first):
             return -math.inf
-        return float((base - self.last) / max(abs(base), 1e-12))
+        return float(taken_off(first, self.last, self.recording.chance))
 
     @property
     def improves(self) -> bool:
@@ -93,7 +91,7 @@ class Past:
     def at_chance(self) -> bool:
         """Whether the run began at a guess's loss, so that it cannot have been trained before."""
         chance = self.recording.chance
-        return chance is not None and bool(self.losses[0] > 0.7 * chance)
+        return chance is not None and bool(self.losses[0] > KNOWS * chance)
 
     @functools.cached_property
     def matrices(self) -> list[int]:

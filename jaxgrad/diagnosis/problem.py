@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxgrad.graph import arguments
-from jaxgrad.tree import is_array, is_inexact_array
+from jaxgrad.tree import is_array, is_inexact_array, replace_inexact
 
 MAX_BATCHES = 16
 
@@ -54,17 +54,12 @@ class Problem:
 
     def params(self, values: Sequence[Any]) -> PyTree:
         """The parameters with new floating-point leaves."""
-        leaves = list(self.leaves)
-        for position, value in zip(self.wanted, values, strict=True):
-            leaves[position] = value
-        return jax.tree.unflatten(self.treedef, leaves)
+        return replace_inexact(jax.tree.unflatten(self.treedef, self.leaves), values)
 
     def tree(self, values: Sequence[Any]) -> PyTree:
         """What an optimizer sees: floating-point leaves, None in the place of all others."""
-        leaves: list[Any] = [None] * len(self.leaves)
-        for position, value in zip(self.wanted, values, strict=True):
-            leaves[position] = value
-        return jax.tree.unflatten(self.treedef, leaves)
+        whole = jax.tree.unflatten(self.treedef, self.leaves)
+        return replace_inexact(whole, values, keep=False)
 
     def flat(self, tree: PyTree) -> list[Any]:
         """The inverse of `tree`."""

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxgrad.monitor.watching import WatchState
+from jaxgrad.monitor.watching import WatchState, alignment, norm
 from jaxgrad.statistics import leaf_rms
-from jaxgrad.tree import global_norm, inexact_leaves
+from jaxgrad.tree import inexact_leaves
 
 # One number a step.
 SCALARS: tuple[str, ...] = (
@@ -55,18 +55,19 @@ def summarize(
     found["nonfinite"] = jnp.asarray(bad, jnp.float32)
     found |= _watched(state)
     if grads is not None:
-        found["gradient_norm"] = _norm(grads)
+        found["gradient_norm"] = norm(grads)
         found["exponents"] = exponents(inexact_leaves(grads))
     if params is not None:
-        found["weight_norm"] = _norm(params)
+        found["weight_norm"] = norm(params)
     if updates is not None:
-        found["update_norm"] = _norm(updates)
+        found["update_norm"] = norm(updates)
         if matches(flow, updates):
             found["update_rms"] = leaf_rms(inexact_leaves(updates)).astype(jnp.float32)
         if matches(flow, params, updates):
             found["rounded_away"] = rounded_away(inexact_leaves(params), inexact_leaves(updates))
         if matches(flow, grads, updates):
-            found["alignment"] = _alignment(grads, updates)
+            norms = found["gradient_norm"], found["update_norm"]
+            found["alignment"] = alignment(grads, updates, norms)
     return found
 
 
@@ -145,17 +146,3 @@ def _watched(state: PyTree) -> dict[str, Array]:
                 "alignment": seen.alignment,
             }  # fmt: skip
     return {}
-
-
-def _norm(tree: PyTree) -> Array:
-    return global_norm(tree).astype(jnp.float32)
-
-
-def _alignment(grads: PyTree, updates: PyTree) -> Array:
-    """Cosine between the update and the negative gradient."""
-    sizes = [jnp.where(n > 0, n, 1.0) for n in (_norm(grads), _norm(updates))]
-    inner = sum(
-        jnp.vdot(g.astype(jnp.float32) / sizes[0], u.astype(jnp.float32) / sizes[1]).real
-        for g, u in zip(inexact_leaves(grads), inexact_leaves(updates), strict=True)
-    )
-    return -jnp.asarray(inner, jnp.float32)

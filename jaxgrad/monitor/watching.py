@@ -114,20 +114,24 @@ def _clipped(clips: list[Any], grads: PyTree, params: PyTree) -> PyTree:
 
 
 def _figures(grads: PyTree, clipped: PyTree, updates: PyTree, params: PyTree) -> Figures:
-    raw, update = _norm(grads), _norm(updates)
-    safe = [jnp.where(n > 0, n, 1.0) for n in (raw, update)]
-    pairs = zip(inexact_leaves(grads), inexact_leaves(updates), strict=True)
-    inner = sum(
-        jnp.vdot(g.astype(jnp.float32) / safe[0], u.astype(jnp.float32) / safe[1]).real
-        for g, u in pairs
-    )
+    raw, update = norm(grads), norm(updates)
+    cosine = alignment(grads, updates, (raw, update))
     bad = jnp.sum(leaf_statistics(inexact_leaves(grads))[1])
-    weight = _norm(params) if params is not None else jnp.zeros((), jnp.float32)
-    single = [
-        jnp.asarray(x, jnp.float32) for x in (raw, _norm(clipped), update, weight, -inner, bad)
-    ]
-    return Figures(*single)
+    weight = norm(params) if params is not None else jnp.zeros((), jnp.float32)
+    found = (raw, norm(clipped), update, weight, cosine, bad)
+    return Figures(*(jnp.asarray(x, jnp.float32) for x in found))
 
 
-def _norm(tree: PyTree) -> Array:
+def norm(tree: PyTree) -> Array:
+    """The global norm, float32."""
     return global_norm(tree).astype(jnp.float32)
+
+
+def alignment(grads: PyTree, updates: PyTree, norms: tuple[Array, Array]) -> Array:
+    """Cosine between the update and the negative gradient, of these norms; 0 where one is zero."""
+    sizes = [jnp.where(n > 0, n, 1.0) for n in norms]
+    inner = sum(
+        jnp.vdot(g.astype(jnp.float32) / sizes[0], u.astype(jnp.float32) / sizes[1]).real
+        for g, u in zip(inexact_leaves(grads), inexact_leaves(updates), strict=True)
+    )
+    return -jnp.asarray(inner, jnp.float32)

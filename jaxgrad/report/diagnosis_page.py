@@ -1,6 +1,5 @@
 """The page of a diagnosis: verdict, cards, pictures, and the table of the layers."""
 
-import html
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from jaxgrad.report import diagnosis_figures as drawn
 from jaxgrad.report import figures
 from jaxgrad.report.html import embed
-from jaxgrad.report.page import PAGE, STYLE
+from jaxgrad.report.page import PAGE, STYLE, escaped
 from jaxgrad.report.terminal import number
 
 _MORE_STYLE = """
@@ -35,11 +34,6 @@ def diagnosis_page(report: Any) -> str:
     sections.append(_notes(report))
     body = "\n".join(section for section in sections if section)
     return PAGE.format(title="jaxgrad diagnosis", style=STYLE + _MORE_STYLE, body=body)
-
-
-def escaped(value: object) -> str:
-    """Any text from outside, safe within the page."""
-    return html.escape(str(value), quote=True)
 
 
 def _header(report: Any) -> str:

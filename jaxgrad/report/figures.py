@@ -11,7 +11,6 @@ open triangle, NaN and infinity on the upper edge as a cross.
 # pyright: reportUnusedCallResult=false
 # (matplotlib's methods return what they drew, and drawing is their effect)
 
-import html
 import io
 import math
 import re
@@ -27,6 +26,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from jaxgrad.report.page import escaped
+
 Numbers = Sequence[float] | Sequence[int] | np.ndarray
 
 # Placeholders, unlikely to meet by chance, and the CSS variables that take their place.
@@ -37,28 +38,31 @@ _VARIABLES = {
     ALARM: "--alarm",
 }  # fmt: skip
 
-_STYLE: dict[Any, Any] = {
+# What every figure looks like, whatever its colors.
+LAYOUT: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "font.family": "sans-serif",
     "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+}
+_STYLE: dict[Any, Any] = LAYOUT | {
+    "font.family": "sans-serif",
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": FAINT,
     "axes.titlecolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
     "axes.labelsize": 9.5,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
-    "axes.grid": True,
     "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
 }
 
 
@@ -241,8 +245,7 @@ def to_svg(figure: Figure, description: str, variables: Mapping[str, str] = _VAR
         text = text.replace(color, f"var({variable})")
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    label = html.escape(description, quote=True)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escaped(description)}"', 1)
 
 
 # ------------------------------------------------------------------------------------------ parts

@@ -1,11 +1,10 @@
 """The page: one file that opens anywhere, offline, on a phone, in the dark and on paper.
 
 No request leaves it, and its content security policy forbids any. Every text that comes from
-outside (names, titles, causes) passes through `html.escape`.
+outside (names, titles, causes) passes through `escaped`.
 """
 
 import hashlib
-import html
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxgrad.report import figures
-from jaxgrad.report.page import PAGE, STYLE
+from jaxgrad.report.page import PAGE, STYLE, escaped
 from jaxgrad.report.record import FlowLike, Row, RunRecord, is_alarming, reading, rows
 from jaxgrad.report.terminal import number
 
@@ -51,7 +50,7 @@ def index_page(
     span = _span(gradients)  # one scale for all cards, so that they can be compared
     cards = "\n".join(_card(record, span) for record in records)
     lead = "One card a model: the gradient's RMS by layer, from the first to the last."
-    body = f"""<header><p class="kicker">jaxgrad</p><h1>{_text(title)}</h1>
+    body = f"""<header><p class="kicker">jaxgrad</p><h1>{escaped(title)}</h1>
 <p class="lead">{lead}</p></header>
 <div class="cards">{cards}</div>"""
     return _page(title, body)
@@ -86,15 +85,15 @@ def _header(record: RunRecord) -> str:
         sentences.append(("After training", record.final, record.final_loss))
     verdicts = "".join(
         f'<li class="{"alarm" if is_alarming(flow, loss) else "calm"}"><b>{when}</b>'
-        f"<span>{_text(reading(flow, loss))}</span></li>"
+        f"<span>{escaped(reading(flow, loss))}</span></li>"
         for when, flow, loss in sentences
     )
     facts = "".join(
-        f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>"
+        f"<div><dt>{escaped(label)}</dt><dd>{escaped(value)}</dd></div>"
         for label, value in record.facts.items()
     )
-    return f"""<header><p class="kicker">jaxgrad report</p><h1>{_text(record.title)}</h1>
-<p class="lead">{_text(record.description)}</p>
+    return f"""<header><p class="kicker">jaxgrad report</p><h1>{escaped(record.title)}</h1>
+<p class="lead">{escaped(record.description)}</p>
 <ul class="verdicts">{verdicts}</ul><dl class="facts">{facts}</dl></header>"""
 
 
@@ -106,10 +105,10 @@ def _findings(record: RunRecord) -> str:
 
 
 def _finding(finding: Any) -> str:
-    code, where, severity = (_text(getattr(finding, f)) for f in ("code", "where", "severity"))
+    code, where, severity = (escaped(getattr(finding, f)) for f in ("code", "where", "severity"))
     return f"""<article class="finding {severity}"><h3><code>{code}</code>
-<span class="where">{where}</span></h3><p>{_text(finding.cause)}</p>
-<p class="fix"><b>Cure</b> {_text(finding.fix)}</p></article>"""
+<span class="where">{where}</span></h3><p>{escaped(finding.cause)}</p>
+<p class="fix"><b>Cure</b> {escaped(finding.fix)}</p></article>"""
 
 
 def _pictures(record: RunRecord) -> str:
@@ -145,13 +144,13 @@ def _layers(title: str, table: Sequence[Row]) -> str:
     head = (
         "<tr><th>#</th><th>layer</th><th>Jacobian gain</th><th>activation RMS</th>"
         '<th>gradient RMS</th><th>weight-gradient RMS</th><th>exact zeros</th><th class="bar">'
-        f"gradient, {_span_text(span)}</th></tr>"
+        f"gradient, {_spanescaped(span)}</th></tr>"
     )
     body = "".join(_layer_row(i, row, span) for i, row in enumerate(table, 1))
     inner = f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
     opened = " open" if len(table) <= _OPEN_ROWS else ""
     return (
-        f"<section><details{opened}><summary><h2>{_text(title)}</h2>"
+        f"<section><details{opened}><summary><h2>{escaped(title)}</h2>"
         f"<span>{len(table)} layers</span></summary>{inner}</details></section>"
     )
 
@@ -172,7 +171,7 @@ def _layer_row(place: int, row: Row, span: tuple[float, float]) -> str:
     cells = (row.gain, row.activation_rms, row.gradient_rms, row.weight_gradient_rms)
     numbers = "".join(f"<td>{number(value)}</td>" for value in cells)
     return (
-        f'<tr class="{cls}"><td>{place}</td><th scope="row">{_text(row.name)}</th>{numbers}'
+        f'<tr class="{cls}"><td>{place}</td><th scope="row">{escaped(row.name)}</th>{numbers}'
         f'<td>{zeros}</td><td class="bar">{bar}</td></tr>'
     )
 
@@ -188,7 +187,7 @@ def _parameters(record: RunRecord) -> str:
     head = "".join(f"<th>{label}</th>" for label, _ in columns)
     values = [np.asarray(column, np.float64) for _, column in columns]
     body = "".join(
-        f'<tr><th scope="row">{_text(name)}</th>'
+        f'<tr><th scope="row">{escaped(name)}</th>'
         + "".join(f"<td>{number(float(column[i]))}</td>" for column in values)
         + "</tr>"
         for i, name in enumerate(before.parameter_names)
@@ -202,7 +201,7 @@ def _parameters(record: RunRecord) -> str:
 
 
 def _how_to_read(record: RunRecord) -> str:
-    notes = "".join(f"<li>{_text(note)}</li>" for note in record.notes)
+    notes = "".join(f"<li>{escaped(note)}</li>" for note in record.notes)
     notes = f"<h3>What this reading leaves out</h3><ul>{notes}</ul>" if notes else ""
     return f"""<section class="reading"><h2>How to read this</h2>
 <p>A row is a layer's output. <b>Activation RMS</b> is the root mean square of its entries,
@@ -214,20 +213,20 @@ that vanishes or explodes. <b>Weight-gradient RMS</b> is the largest of the laye
 parameters'.</p>
 <p>Axes are logarithmic. An exact zero is an open triangle on the lower edge; NaN and infinity are
 crosses on the upper one.</p>{notes}
-<p class="made">Made by <code>{_text(record.command)}</code></p></section>"""
+<p class="made">Made by <code>{escaped(record.command)}</code></p></section>"""
 
 
 def _card(record: RunRecord, span: tuple[float, float]) -> str:
     alarm = "alarm" if is_alarming(record.initial, record.initial_loss) else "calm"
-    facts = " · ".join(f"{_text(k)} {_text(v)}" for k, v in list(record.facts.items())[:3])
+    facts = " · ".join(f"{escaped(k)} {escaped(v)}" for k, v in list(record.facts.items())[:3])
     after = (
         ""
         if record.final is None
-        else f"After training: {_text(reading(record.final, record.final_loss))}"
+        else f"After training: {escaped(reading(record.final, record.final_loss))}"
     )
-    return f"""<a class="card {alarm}" href="{_text(record.name)}/report.html">
-<h2>{_text(record.title)}</h2>{_sparkline(record.initial, span)}
-<p>{_text(reading(record.initial, record.initial_loss))}</p><p class="small">{facts}</p>
+    return f"""<a class="card {alarm}" href="{escaped(record.name)}/report.html">
+<h2>{escaped(record.title)}</h2>{_sparkline(record.initial, span)}
+<p>{escaped(reading(record.initial, record.initial_loss))}</p><p class="small">{facts}</p>
 <p class="small">{after}</p></a>"""
 
 
@@ -247,7 +246,7 @@ def _sparkline(flow: FlowLike, span: tuple[float, float]) -> str:
             f'<rect class="{"" if good else "broken"}" x="{i * width:.2f}" y="{50 - height:.2f}" '
             f'width="{max(width - 1.5, 0.5):.2f}" height="{height:.2f}" rx="1"/>'
         )
-    label = f"gradient RMS by layer, {_span_text(span)}"
+    label = f"gradient RMS by layer, {_spanescaped(span)}"
     return (
         f'<svg class="spark" role="img" aria-label="{label}" viewBox="0 0 300 50" '
         f'preserveAspectRatio="none">{"".join(bars)}</svg><p class="small scale">{label}</p>'
@@ -268,7 +267,7 @@ def _share(value: float, span: tuple[float, float]) -> float:
     return min(max((math.log10(value) - span[0]) / (span[1] - span[0]), 0.0), 1.0)
 
 
-def _span_text(span: tuple[float, float]) -> str:
+def _spanescaped(span: tuple[float, float]) -> str:
     return f"1e{span[0]:.0f} to 1e{span[1]:.0f} (log)"
 
 
@@ -277,12 +276,8 @@ def _column(table: Sequence[Row], name: str, places: Sequence[int]) -> list[floa
     return [math.nan if value is None else float(value) for value in values]
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
 def _page(title: str, body: str) -> str:
-    return PAGE.format(title=_text(title), style=STYLE, body=body)
+    return PAGE.format(title=escaped(title), style=STYLE, body=body)
 
 
 def _write(path: Path, text: str) -> Path:

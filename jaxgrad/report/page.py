@@ -1,5 +1,7 @@
 """The page's frame and style, apart from what it says."""
 
+import html
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -116,3 +118,8 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-si
 .spark rect { fill: var(--first); }
 .spark rect.broken { fill: var(--alarm); }
 """
+
+
+def escaped(value: object) -> str:
+    """Any text from outside, safe within the page."""
+    return html.escape(str(value), quote=True)

@@ -10,6 +10,7 @@ have every value twice or more. Where a block loses rank, random vectors take th
 then splits in two, and the other part is searched too.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -253,18 +254,13 @@ def _svd_of_filled(small: Array, filled: Array) -> tuple[Array, Array]:
     m = small.shape[-1]
     sizes = sorted({-(-m * quarter // 4) for quarter in (1, 2, 3, 4)})
 
-    def of_corner(size: int) -> Callable[[Array], tuple[Array, Array]]:
-        def values_of(small: Array) -> tuple[Array, Array]:
-            first, values, _ = _small_svd(small[:, :size, :size])
-            more = m - size
-            return jnp.pad(first, ((0, 0), (0, more), (0, more))), jnp.pad(
-                values, ((0, 0), (0, more))
-            )
-
-        return values_of
+    def of_corner(size: int) -> tuple[Array, Array]:
+        first, values, _ = _small_svd(small[:, :size, :size])
+        more = (0, m - size)
+        return jnp.pad(first, ((0, 0), more, more)), jnp.pad(values, ((0, 0), more))
 
     corner = jnp.sum(filled > jnp.asarray(sizes[:-1]))
-    return jax.lax.switch(corner, [of_corner(size) for size in sizes], small)
+    return jax.lax.switch(corner, [functools.partial(of_corner, size) for size in sizes])
 
 
 def _small_svd(small: Array) -> tuple[Array, Array, Array]:
