@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from jaxgrad.diagnosis.evidence import Evidence
@@ -115,7 +115,8 @@ def _working(evidence: Evidence, measured: Measurement) -> tuple[tuple[str, np.n
 
 
 def _powers(measured: Measurement) -> np.ndarray:
-    return np.asarray(exponents([jnp.asarray(g) for g in measured.grads]))
+    # compiled as one program: one by one, its thirty operations take longer to compile
+    return np.asarray(jax.jit(exponents)(measured.grads))
 
 
 def course_of_past(past: Past) -> Course:
