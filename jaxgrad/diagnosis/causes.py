@@ -1,5 +1,6 @@
 """From findings to one primary cause: what stands first in the chain explains what follows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,8 +33,15 @@ _CHAIN: tuple[tuple[str, ...], ...] = (
 _APART = {"optimizer.clip_after_update", "optimizer.clip_always"}
 
 
-def rank(finding: Finding) -> int:
-    """Place in the chain; what attention does late is what the learning rate did to it."""
+def rank(finding: Finding) -> int | float:
+    """Place in the chain; what attention does late is what the learning rate did to it.
+
+    Data whose scale alone makes the loss infinite stand before the infinity.
+    """
+    first, cured = (finding.evidence.get(k) for k in ("first_loss", "first_loss_standardized"))
+    known = finding.code == "data.unnormalized" and None not in (first, cured)
+    if known and not math.isfinite(first) and math.isfinite(cured):
+        return 1.5
     if finding.code == "attention.logit_growth" and finding.stage == "running":
         return len(_CHAIN)
     for i, group in enumerate(_CHAIN):

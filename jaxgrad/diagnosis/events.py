@@ -1,5 +1,7 @@
 """What happens on the way: ascent, spikes, breakdowns."""
 
+import math
+
 import numpy as np
 
 from jaxgrad.diagnosis.evidence import Evidence
@@ -38,16 +40,15 @@ def falling_without_end(evidence: Evidence) -> list[Finding]:
     head = evidence.head
     if head is None or head.kind != "log" or head.size < 3 or not evidence.initial.finite:
         return []
-    if evidence.initial.value >= 0 or evidence.chance is None:
-        return []
-    if abs(evidence.initial.value + evidence.chance) > 0.7 * evidence.chance:
+    chance = math.log(head.size)
+    if evidence.initial.value >= 0 or abs(evidence.initial.value + chance) > 0.7 * chance:
         return []
     return [
         Finding(
             "optimizer.ascent", "error", "initial", head.where,
             f"The loss begins at {evidence.initial.value:.3g}, minus the logarithm of the number "
             "of classes: its sign is flipped, and the likelihood of the labels is minimized.",
-            {"loss": evidence.initial.value, "minus_chance": -evidence.chance},
+            {"loss": evidence.initial.value, "minus_chance": -chance},
             "loss = -log_probabilities[labels].mean()", 0.9,
         )
     ]  # fmt: skip

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from jaxgrad.diagnosis import guess
 from jaxgrad.diagnosis.births import Birth, births
 from jaxgrad.diagnosis.parts import Activation, Softmax, Structure
 from jaxgrad.diagnosis.passes import Instrument, Measurement, forward_values
@@ -70,7 +71,8 @@ class Evidence:
         wanted = [s.source for s in found.softmaxes if s.head]
         wanted += [d.prediction for d in found.differences]
         wanted += [d.target for d in found.differences if isinstance(d.target, int)]
-        wanted += [h.source for h in found.log_heads]
+        wanted += [v for h in found.log_heads for v in (h.source, h.bare)]
+        wanted += [b.target for b in found.binaries]
         wanted += [i.value for i in found.indices]
         wanted += [m.predicate for m in found.masks]
         wanted += [v for a in found.activations for f in a.affine for v in self.data_of(f.op)]
@@ -106,33 +108,34 @@ class Evidence:
         heads = [s for s in self.structure.softmaxes if s.head and (s.kind == "log" or logs)]
         return heads[-1] if heads else None
 
-    @property
+    @functools.cached_property
     def chance(self) -> float | None:
-        """Loss of a guess, ln K, where the loss is a cross-entropy over K > 1 classes."""
-        if self.head is None or self.head.size < 2:
-            return None
-        return math.log(self.head.size)
+        """Loss of equal logits where the loss is a cross-entropy: ln K, if it is a mean."""
+        return guess.chance(self.problem, self.wiring, self.structure, self.head)
+
+    @functools.cached_property
+    def baseline(self) -> float | None:
+        """Loss of a model that knows nothing: `chance`, or that of predictions of zero."""
+        wanted = guess.predictions(self.structure, self.wiring)
+        return self.chance or guess.loss_of_zeros(self.problem, self.wiring, wanted)
 
     @functools.cached_property
     def marginal_entropy(self) -> float | None:
-        """Entropy of the labels' own distribution in the batch, in nats.
-
-        What a cross-entropy comes to when the output knows the labels' frequencies and nothing of
-        the input; None where no labels were found.
-        """
+        """Loss of an output that knows the labels' frequencies and nothing of the input."""
         index = next((i for i in self.structure.indices if i.head), None)
-        if self.chance is None or index is None:
+        if self.chance is None or index is None or self.head is None:
             return None
         labels = np.asarray(self.values.get(index.value, ()))
-        if not labels.size or not np.issubdtype(labels.dtype, np.integer):
-            return None
-        shares = np.unique(labels, return_counts=True)[1] / labels.size
-        return float(-np.sum(shares * np.log(shares)))
+        return guess.marginal_entropy(labels, self.chance / math.log(self.head.size))
 
     @property
     def is_trained(self) -> bool:
-        """Whether the given parameters already know something."""
-        return self.chance is not None and self.initial.value < KNOWS * self.chance
+        """Whether the given parameters already know something, where a softmax tells it.
+
+        A bias at the output lowers the loss of rare binary labels too.
+        """
+        known = self.chance is not None and self.head is not None
+        return known and self.initial.value < KNOWS * (self.chance or 0.0)
 
     def hidden(self) -> list[Activation]:
         """Activations between layers, in forward order, that gate nothing."""
@@ -188,12 +191,12 @@ class Evidence:
         return self.run()
 
     def progress(self, run: Run) -> float:
-        """The share of its loss that a run took off, from the smaller of first loss and chance.
+        """The share of its loss that a run took off, from the smaller of first loss and a guess's.
 
         1 for a positive loss that went to zero; negative for a run that made it worse.
         """
         first = self.initial.value if np.isfinite(self.initial.value) else run.first
-        return taken_off(first, run.last, self.chance)
+        return taken_off(first, run.last, self.baseline)
 
     @functools.cached_property
     def alternatives(self) -> dict[str, Run]:

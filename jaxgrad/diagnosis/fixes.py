@@ -30,6 +30,7 @@ FIXES = {
     "loss.output_mismatch (log)": "loss = optax.sigmoid_binary_cross_entropy(logits, labels)   # takes the last layer's outputs as they are\n# of more than two classes: optax.softmax_cross_entropy_with_integer_labels(logits, labels)",
     "loss.output_mismatch (shapes)": "assert prediction.shape == target.shape   # prediction = prediction[:, 0], or target = target[:, None]",
     "loss.output_mismatch (axis)": "probabilities = jax.nn.softmax(logits, axis=-1)   # over the classes, not over the batch",
+    "loss.output_mismatch (pool)": "x = x.mean(axis=1)   # over positions; axis 0 is the batch",
     "data.unnormalized": "x = (x - x.mean(axis=0)) / (x.std(axis=0) + 1e-6)",
     "data.labels_out_of_range": "assert labels.min() >= 0 and labels.max() < {size}",
     "regularization.dominates": "tx = optax.adamw(learning_rate, weight_decay=1e-4)   # or divide the penalty's factor by {factor:.0f}",

@@ -1,5 +1,6 @@
 """Gradients that vanish, explode, are flushed to zero, or are no numbers."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxgrad.diagnosis.evidence import Evidence, source_line
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.units import layer_of_leaf
-from jaxgrad.diagnosis.weights import too_large
+from jaxgrad.diagnosis.weights import compounded, scales, too_large
 
 # An overflow in one of these is a matter of size; in all others a NaN is a matter of domain.
 _GROWING = {
@@ -26,7 +27,7 @@ def nonfinite(evidence: Evidence) -> list[Finding]:
     """NaN or infinity at the given parameters, or in the gradient of the step where a run broke."""
     first = evidence.initial
     if first.finite and (evidence.main.stopped is None or not evidence.main.loss_finite_at_stop):
-        return []
+        return _bad_batch(evidence)
     forward, backward = evidence.births
     birth = forward if forward is not None else backward
     if birth is None:
@@ -41,7 +42,7 @@ def nonfinite(evidence: Evidence) -> list[Finding]:
         "pass": "backward" if birth.backward else "forward", "iteration": list(birth.iteration),
     }  # fmt: skip
     half = "float16" in (wiring.dtype(output), wiring.dtype(inner))
-    grows = birth.op.name in _GROWING
+    grows = birth.op.name in _GROWING and not birth.written
     if half and grows:
         return [
             Finding(
@@ -58,7 +59,7 @@ def nonfinite(evidence: Evidence) -> list[Finding]:
     if not birth.backward and grows:
         if stage == "running":
             return []
-        return [too_large(evidence, facts | {"loss": first.value}, "error")]
+        return [_overflow(evidence, where, facts | {"loss": first.value})]
     if stage == "running" and grows:
         return []
     return [
@@ -67,10 +68,48 @@ def nonfinite(evidence: Evidence) -> list[Finding]:
             f"NaN or infinity is born in the {facts['pass']} pass of {birth.op.name}"
             + (f" ({facts['line']})" if facts["line"] else "")
             + (f", iteration {birth.iteration}" if birth.iteration else "")
-            + "; no large value leads to it.",
+            + ("; it meets an infinity or a NaN that the program writes itself, as a mask does."
+               if birth.written else "; no large value leads to it."),
             facts, fix("gradient.nonfinite"), 0.93,
         )
     ]  # fmt: skip
+
+
+def _overflow(evidence: Evidence, where: str, facts: dict[str, Any]) -> Finding:
+    """Values too large for their type: of wide weights, of a recurrence, or of neither."""
+    found = scales(evidence)
+    if not found or max(s.ratio for s in found) > 2 or compounded(found) > 30:
+        return too_large(evidence, facts, "error")
+    if facts["iteration"]:
+        return exploding(where, facts)
+    return Finding(
+        "gradient.nonfinite", "error", "initial", where,
+        f"{facts['operation']} overflows" + (f" ({facts['line']})" if facts["line"] else "")
+        + ", though the weights before it are of the usual size.",
+        facts, "x = jnp.clip(x, -20.0, 20.0)   # bound the argument, or scale it down", 0.85,
+    )  # fmt: skip
+
+
+def _bad_batch(evidence: Evidence) -> list[Finding]:
+    """A batch with a NaN of its own; a loss that breaks down otherwise is a matter of the rate."""
+    at = evidence.main.stopped
+    others = [b for b in evidence.problem.batches if b is not evidence.broken_batch]
+    if at is None or all(_clean(evidence.broken_batch)) or not any(all(_clean(b)) for b in others):
+        return []
+    forward, _ = evidence.births
+    if forward is not None:
+        return []
+    facts = {"step": at, "batch": at % len(evidence.problem.batches)}
+    return [replace(f, evidence=f.evidence | facts) for f in _nonfinite_data(evidence)]
+
+
+def _clean(batch: Any) -> list[bool]:
+    """Whether the arrays of a batch are finite."""
+    return [
+        bool(jnp.isfinite(leaf).all())
+        for leaf in jax.tree.leaves(batch)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
 
 
 def _nonfinite_data(evidence: Evidence) -> list[Finding]:

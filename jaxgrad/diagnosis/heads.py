@@ -1,5 +1,6 @@
 """Losses that do not fit what the last layer returns, and labels that name no class."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,9 +10,14 @@ import numpy as np
 from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
-from jaxgrad.diagnosis.parts import BOUNDED
+from jaxgrad.diagnosis.parts import BOUNDED, Index
+from jaxgrad.diagnosis.passes import tappable
 from jaxgrad.diagnosis.structure import bound_of
-from jaxgrad.graph.ir import Value
+from jaxgrad.diagnosis.wiring import Wiring, inputs_for
+from jaxgrad.graph import rewrite
+from jaxgrad.graph.ir import Op, Value
+
+_CLIPPED = 0.05  # share of negative values that a clip turns into probabilities of zero
 
 
 def single_class(evidence: Evidence) -> list[Finding]:
@@ -56,7 +62,8 @@ def double_softmax(evidence: Evidence) -> list[Finding]:
 def output_mismatch(evidence: Evidence) -> list[Finding]:
     """The last layer cannot say what the loss asks for."""
     found = _bounded_logits(evidence) or _bounded_regression(evidence) or _log_of_raw(evidence)
-    return found or _broadcast_error(evidence) or _batch_softmax(evidence)
+    found = found or _broadcast_error(evidence) or _broadcast_binary(evidence)
+    return found or _batch_softmax(evidence) or _pooled_batch(evidence)
 
 
 def _mismatch(
@@ -118,12 +125,16 @@ def _log_of_raw(evidence: Evidence) -> list[Finding]:
         lowest = float(values.min())
         relu = bound_of(head.source, evidence.structure, evidence.wiring)
         dead = relu is not None and relu.kind == "relu" and lowest <= 0
-        if lowest < 0 or dead:
+        bare = np.asarray(evidence.values.get(head.bare, values))
+        clipped = float(np.mean(bare < 0))
+        if lowest < 0 or dead or clipped > _CLIPPED:
             return [
                 _mismatch(
                     head.where,
-                    "The loss takes the logarithm of outputs that are no probabilities.",
-                    {"smallest": lowest, "threshold": 0.0}, 0.93, " (log)",
+                    "The loss takes the logarithm of outputs that are no probabilities"
+                    + (f": {clipped:.0%} of them are negative, and clipped." if lowest >= 0
+                       and clipped > _CLIPPED else "."),
+                    {"smallest": float(bare.min()), "threshold": 0.0}, 0.93, " (log)",
                 )
             ]  # fmt: skip
     return []
@@ -148,6 +159,77 @@ def _broadcast_error(evidence: Evidence) -> list[Finding]:
     return []
 
 
+def _broadcast_binary(evidence: Evidence) -> list[Finding]:
+    """A binary cross-entropy of (N, 1) logits against (N,) targets."""
+    wiring = evidence.wiring
+    for binary in evidence.structure.binaries:
+        before, after = wiring.shape(binary.logits), wiring.shape(binary.op.outputs[0])
+        target = wiring.shape(wiring.origin(binary.target)[0])
+        square = len(after) == 2 and after[0] == after[1] > 1
+        if square and before == (after[0], 1) and target == (after[0],):
+            return [
+                _mismatch(
+                    binary.where,
+                    f"Logits and targets broadcast against each other: {before} and {target} give "
+                    f"{after}, every logit against every target.",
+                    {"logits": str(before), "targets": str(target), "loss": str(after)},
+                    0.95, " (shapes)",
+                )
+            ]  # fmt: skip
+    return []
+
+
+def _pooled_batch(evidence: Evidence) -> list[Finding]:
+    """All that the output knows of the data went through a sum over the batch."""
+    wiring = evidence.wiring
+    shapes = [wiring.shape(v) for v in wiring.data[: len(jax.tree.leaves(evidence.problem.batch))]]
+    sizes = {shape[0] for shape in shapes if shape}
+    if len(sizes) != 1 or min(sizes) < 2:
+        return []
+    outputs = [v for v in evidence.structure.outputs if wiring.shape(v)[:1] == tuple(sizes)]
+    sums = [op for op in wiring.ops() if _sums_batch(op, min(sizes), wiring)]
+    if not sums or not outputs:
+        return []
+    kept = _without(wiring, {v for op in sums for v in op.outputs})
+    if any(v in kept or v not in wiring.from_data for v in outputs):
+        return []
+    before = [op for op in sums if op.outputs[0] in wiring.upstream([outputs[-1]])]
+    if not before:
+        return []
+    return [
+        _mismatch(
+            wiring.layer(before[-1].outputs[0]),
+            "The network averages over the batch: every example gets the same output, whatever its "
+            "input.",
+            {"operation": before[-1].name, "axes": str(before[-1].eqn.params["axes"])}, 0.9,
+            " (pool)",
+        )
+    ]  # fmt: skip
+
+
+def _sums_batch(op: Op, size: int, wiring: Wiring) -> bool:
+    """Whether an operation reduces the leading axis of an activation, and it is the batch's."""
+    if op.name not in ("reduce_sum", "reduce_max", "reduce_min") or 0 not in op.eqn.params["axes"]:
+        return False
+    shape = wiring.shape(op.inputs[0])
+    live = op.outputs[0] in wiring.live
+    return live and shape[0] == size and len(shape) > len(op.eqn.params["axes"])
+
+
+def _without(wiring: Wiring, cut: set[Value]) -> set[Value]:
+    """What is computed from the data, with some values taken out."""
+    found = set(wiring.data)
+    queue = list(found)
+    while queue:
+        value = queue.pop()
+        after = [*wiring.feeds[value], *(v for op in wiring.readers[value] for v in op.outputs)]
+        for new in after:
+            if new not in found and new not in cut:
+                found.add(new)
+                queue.append(new)
+    return found
+
+
 def _batch_softmax(evidence: Evidence) -> list[Finding]:
     wiring = evidence.wiring
     sizes = {wiring.shape(v)[0] for v in wiring.data if wiring.shape(v)}
@@ -164,7 +246,39 @@ def _batch_softmax(evidence: Evidence) -> list[Finding]:
 
 
 def labels_out_of_range(evidence: Evidence) -> list[Finding]:
-    """Integers that name no class, and change the loss."""
+    """Integers that name no class, and change the loss; binary targets that are neither 0 nor 1."""
+    return _classes_out_of_range(evidence) or _targets_out_of_range(evidence)
+
+
+def _targets_out_of_range(evidence: Evidence) -> list[Finding]:
+    """Y and 1 - y of a binary cross-entropy where y is no probability: the loss has no bottom."""
+    known = [
+        (b, sign * np.asarray(evidence.values[b.target], np.float64))
+        for b in evidence.structure.binaries
+        if b.target in evidence.values
+        for sign in (1, -1)  # -y log p - (1 - y) log(1 - p), or the negative of a sum
+    ]
+    for binary, y in known:
+        paired = any(y.shape == o.shape and np.allclose(y + o, 1, atol=1e-3) for _, o in known)
+        outside = float(np.mean((y < -1e-3) | (y > 1 + 1e-3))) if y.size else 0.0
+        if not paired or outside < _CLIPPED:
+            continue
+        low, high = float(min(y.min(), 1 - y.max())), float(max(y.max(), 1 - y.min()))
+        return [
+            Finding(
+                "data.labels_out_of_range", "error", "static", binary.where,
+                "A binary cross-entropy takes targets from 0 to 1, and "
+                f"{outside:.0%} of these lie outside: without a bottom, it pushes their logits to "
+                "infinity.",
+                {"lowest": low, "highest": high, "outside": outside, "threshold": _CLIPPED},
+                "targets = (targets - targets.min()) / (targets.max() - targets.min())   # 0 to 1",
+                0.95,
+            )
+        ]  # fmt: skip
+    return []
+
+
+def _classes_out_of_range(evidence: Evidence) -> list[Finding]:
     for index in evidence.structure.indices:
         if index.value not in evidence.values:
             continue
@@ -177,7 +291,7 @@ def labels_out_of_range(evidence: Evidence) -> list[Finding]:
             continue
         if index.via == "one_hot" and not index.head:
             continue
-        if not _matters(evidence, index.value, index.size):
+        if not _matters(evidence, index.value, index.size) or _masked(evidence, index, labels):
             continue
         head = evidence.head
         where = (head.where if head is not None else "") or index.where
@@ -192,6 +306,27 @@ def labels_out_of_range(evidence: Evidence) -> list[Finding]:
             )
         ]  # fmt: skip
     return []
+
+
+def _masked(evidence: Evidence, index: Index, labels: np.ndarray) -> bool:
+    """Whether no gradient comes back to what the labels out of range pick: they are padding."""
+    wiring, problem = evidence.wiring, evidence.problem
+    at = tappable(index.picked, wiring)
+    if index.via != "gather" or at is None or wiring.lengths[wiring.producer[at]]:
+        return False
+    shape = wiring.shape(at)
+    if math.prod(shape) % labels.size:
+        return False
+    tapped = rewrite.Tapped(wiring.table, {at: 0}, lambda x, slot: (x + slot, slot), jnp.zeros_like)
+
+    def objective(slot: jax.Array) -> jax.Array:
+        args = inputs_for(problem, problem.values, problem.batch)
+        return tapped.run(wiring.block, args, {0: slot})[0][0]
+
+    seen = jax.jit(jax.grad(objective))(jnp.zeros(shape, wiring.dtype(at)))
+    rows = np.abs(np.asarray(seen, np.float64)).reshape(labels.size, -1).sum(1)
+    outside = (labels < 0) | (labels >= index.size)
+    return not np.any(rows[outside.ravel()])
 
 
 def _matters(evidence: Evidence, value: Value, size: int) -> bool:

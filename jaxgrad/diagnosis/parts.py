@@ -73,23 +73,38 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class LogHead:
-    """A logarithm, or a log-sigmoid, of what the last layer returns."""
+    """A logarithm, or a log-sigmoid, of what the last layer returns.
+
+    `bare` is the source before it is clipped: what a clip to (eps, 1 - eps) hides.
+    """
 
     op: Op
     source: Value
     kind: str  # "log" or "log_sigmoid"
     where: str
+    bare: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Binary:
+    """A target that weighs the logarithm of a probability: `where` is that of the logits."""
+
+    op: Op
+    logits: Value
+    target: Value
+    where: str
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Integers of the data that pick among classes or rows."""
+    """Integers of the data that pick among classes or rows; `picked` is what they pick."""
 
     value: Value
     size: int
     via: str  # "gather" or "one_hot"
     head: bool
     where: str
+    picked: Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +125,7 @@ class Structure:
     norms: list[Norm] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     log_heads: list[LogHead] = field(default_factory=list)
+    binaries: list[Binary] = field(default_factory=list)
     indices: list[Index] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     penalties: list[Value] = field(default_factory=list)

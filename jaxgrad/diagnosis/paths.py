@@ -7,6 +7,7 @@ import numpy as np
 from jaxgrad.diagnosis.evidence import Evidence, source_line
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
+from jaxgrad.diagnosis.parts import Norm
 from jaxgrad.diagnosis.structure import blocks_of
 from jaxgrad.graph.ir import Op, Value
 
@@ -14,7 +15,7 @@ from jaxgrad.graph.ir import Op, Value
 def batch_of_one(evidence: Evidence) -> list[Finding]:
     """Statistics over one element: what is normalized is zero."""
     for norm in evidence.structure.norms:
-        if norm.count == 1 and 0 in norm.axes:
+        if norm.count == 1 and (0 in norm.axes or _stops_all_before(evidence, norm)):
             return [
                 Finding(
                     "norm.batch_of_one", "error", "static", norm.where,
@@ -24,6 +25,18 @@ def batch_of_one(evidence: Evidence) -> list[Finding]:
                 )
             ]  # fmt: skip
     return []
+
+
+def _stops_all_before(evidence: Evidence, norm: Norm) -> bool:
+    """Whether no parameter before a norm gets a gradient, as where x - mean(x) is zero."""
+    wiring = evidence.wiring
+    before = wiring.upstream([norm.source])
+    grads = [
+        g
+        for leaf, g in zip(wiring.parameters, evidence.initial.grads, strict=True)
+        if leaf in before and leaf in wiring.live
+    ]
+    return bool(grads) and not any(np.any(g) for g in grads)
 
 
 def blocked(evidence: Evidence) -> list[Finding]:

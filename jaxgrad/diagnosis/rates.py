@@ -79,16 +79,50 @@ def _too_low(evidence: Evidence) -> list[Finding]:
             return [_low(evidence, scale, gained)]
         if gained > LEARNS:
             return []
+    if _runs_out(run):
+        other = evidence.run(reference=True)
+        if evidence.progress(other) > max(0.1, 10 * own):
+            return [_out_of_rate(evidence, evidence.progress(other))]
     if run.update_norms.max() == 0 and evidence.progress(evidence.run(reference=True)) > 0.1:
         return [_low(evidence, math.inf, evidence.progress(evidence.run(reference=True)))]
     return []
 
 
-def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
+def _runs_out(run: Run) -> bool:
+    """Whether the updates end, in the middle of the run, though the gradient does not."""
+    if len(run.losses) < 16 or not run.update_norms.any():
+        return False
+    quarter = len(run.losses) // 4
+    updates, gradients = (
+        float(np.median(x[-quarter:])) / max(float(np.max(x[:quarter])), 1e-37)
+        for x in (run.update_norms, run.gradient_norms)
+    )
+    return updates < 1e-3 and updates < 1e-2 * gradients
+
+
+def _out_of_rate(evidence: Evidence, gained: float) -> Finding:
     run = evidence.main
+    quarter = len(run.losses) // 4
+    left = float(np.median(run.update_norms[-quarter:]) / np.max(run.update_norms[:quarter]))
     return Finding(
         "lr.too_low", "error", "counterfactual", "optimizer",
-        f"In {len(run.losses)} steps the updates took {evidence.progress(run):.2%} off the loss; "
+        f"The updates come to an end at a loss of {run.last:.3g}: the last ones are {left:.1g} of "
+        f"the first, as from a schedule that decays too fast; Adam at a constant 1e-3 takes off "
+        f"{gained:.0%}.",
+        {"last_updates_over_first": left, "threshold": 1e-3, "loss_as_given": run.last,
+         "taken_off_at_a_constant_rate": gained},
+        "schedule = optax.cosine_decay_schedule(peak, decay_steps=total_steps)"
+        "   # count steps, not epochs", 0.88,
+        may_be_wrong="a restart raises the rate later",
+    )  # fmt: skip
+
+
+def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
+    run = evidence.main
+    own = max(evidence.progress(run), 0.0)
+    return Finding(
+        "lr.too_low", "error", "counterfactual", "optimizer",
+        f"In {len(run.losses)} steps the updates took {own:.2%} off the loss; "
         f"{scale:g} times larger ones take off {gained:.0%}.",
         {"update_over_weight": run.update_ratio, "threshold": SLOW,
          "loss_as_given": run.last, "scale": scale, "taken_off_at_scale": gained},
@@ -118,9 +152,11 @@ def _too_high(evidence: Evidence, collapsed: dict[str, float]) -> list[Finding]:
         return []
     if factor == 1.0:  # no rate gets further yet, but a lower one keeps what the output knows
         factor = 0.1 if collapsed.get("spread_kept_at_a_tenth", 0.0) > _REMEMBERED else 0.01
-    small = _batch_too_small(evidence, own)
-    if small:
-        return small
+    if better and not collapsed and _recovers(evidence, factor):
+        return []
+    other = _outlying_batch(evidence, own) or _batch_too_small(evidence, own)
+    if other:
+        return other
     return [
         Finding(
             "lr.too_high", "error", "counterfactual", "optimizer",
@@ -135,6 +171,15 @@ def _too_high(evidence: Evidence, collapsed: dict[str, float]) -> list[Finding]:
             fix("lr.too_high", factor=factor), 0.9,
         )
     ]  # fmt: skip
+
+
+def _recovers(evidence: Evidence, factor: float) -> bool:
+    """Whether the run as given, left alone, gets further than the slower one: a bad start only."""
+    if evidence.main.stopped is not None:
+        return False
+    evidence.tell(f"training {3 * evidence.steps} steps as given")
+    longer = Trainer(evidence.problem, evidence.optimizer, 3 * evidence.steps).run()
+    return longer.last < evidence.run(scale=factor).last
 
 
 def _beyond_frequencies(evidence: Evidence, run: Run, factor: float) -> bool:
@@ -188,6 +233,38 @@ def _post_ln(evidence: Evidence, best: float, collapsed: dict[str, float]) -> li
              "norms": sum(n.copies for n in evidence.structure.norms if n.post)} | collapsed,
             fix("norm.post_ln_without_warmup"), 0.85,
             may_be_wrong="the learning rate is too high for any arrangement of norms",
+        )
+    ]  # fmt: skip
+
+
+def _outlying_batch(evidence: Evidence, own: float) -> list[Finding]:
+    """A few batches unlike all others; the same training without them learns."""
+    problem = evidence.problem
+    count = len(problem.batches)
+    if count < 4:
+        return []
+    evidence.tell("measuring the gradient of every batch")
+    passes = [evidence.instrument.measure(problem.values, batch) for batch in problem.batches]
+    both = np.abs([[m.value for m in passes], [m.norm for m in passes]])
+    sizes = (both / np.maximum(np.median(both, axis=1, keepdims=True), 1e-30)).max(0)
+    bad = np.flatnonzero(sizes > 10)
+    if not 0 < len(bad) <= count // 4:
+        return []
+    good = [k if k not in bad else int(np.argmin(sizes)) for k in range(count)]
+    rest = jax.tree.map(lambda x: x[np.array(good)], evidence.trainer.stack)
+    cured = evidence.run_from(stack=rest)
+    gained = evidence.progress(cured)
+    if not gained > max(LEARNS, 2 * own):
+        return []
+    return [
+        Finding(
+            "loss.spike", "error", "counterfactual", f"step {bad[0]}",
+            f"Batch {bad[0]} is unlike the others: at the given parameters its loss or gradient is "
+            f"{sizes[bad[0]]:.3g} times theirs. Without it the same training gets to "
+            f"{cured.last:.3g}, with it to {evidence.main.last:.3g}.",
+            {"batches": [int(k) for k in bad], "times_the_median": float(sizes[bad[0]]),
+             "threshold": 10.0, "loss_as_given": evidence.main.last, "loss_without": cured.last},
+            fix("loss.spike", step=int(bad[0])), 0.88,
         )
     ]  # fmt: skip
 

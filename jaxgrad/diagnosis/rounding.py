@@ -53,6 +53,8 @@ def lost(evidence: Evidence) -> list[Finding]:
     if evidence.optimizer is None or not evidence.initial.finite:
         return []
     problem, run = evidence.problem, evidence.main
+    if run.stopped and not np.isfinite(run.update_norms[run.stopped - 1]):
+        return _broken_update(evidence)
     if not any(v.dtype in (jnp.bfloat16, jnp.float16) for v in problem.values):
         return []
     dtypes = [str(v.dtype) for v in problem.values]
@@ -67,6 +69,39 @@ def lost(evidence: Evidence) -> list[Finding]:
         return []
     facts = {"loss_as_given": run.last, "loss_with_float32_parameters": cured.last}
     return [lost_updates(found, facts, 0.93)]
+
+
+def _broken_update(evidence: Evidence) -> list[Finding]:
+    """A finite gradient becomes an update that is no number: inside of the optimizer."""
+    problem, run = evidence.problem, evidence.main
+    step = (run.stopped or 1) - 1
+    leaf = int(np.argmin(np.isfinite(run.update_rms[step])))
+    name, dtype = problem.names[leaf], str(problem.values[leaf].dtype)
+    facts = {
+        "step": step, "gradient_norm": float(run.gradient_norms[step]), "dtype": dtype,
+        "layers": [n for n, r in zip(problem.names, run.update_rms[step], strict=True)
+                   if not np.isfinite(r)],
+    }  # fmt: skip
+    half = dtype in ("float16", "bfloat16")
+    if half and _with_wide_parameters(evidence).stopped is None:
+        return [
+            Finding(
+                "precision.underflow", "error", "counterfactual", name,
+                f"At step {step} the optimizer makes NaN or infinity of a finite gradient: {name} "
+                f"is kept in {dtype}, where its epsilon, or a squared gradient, is zero. With "
+                "float32 parameters the run is finite.",
+                facts, fix("precision.lost_updates", dtype=dtype), 0.93,
+            )
+        ]  # fmt: skip
+    return [
+        Finding(
+            "gradient.nonfinite", "error", "running", "optimizer",
+            f"At step {step} the optimizer makes NaN or infinity of a finite gradient, first of "
+            f"{name}: a division by zero where the gradient is zero.",
+            facts, "tx = optax.adam(learning_rate, eps=1e-8)   # never eps=0",
+            0.85,
+        )
+    ]  # fmt: skip
 
 
 def _with_wide_parameters(evidence: Evidence) -> Any:

@@ -4,9 +4,19 @@ Read off the dataflow, never off names of modules: a tensor is a logit because a
 exponentials is taken of it, and a norm is one because a root of a mean square divides by it.
 """
 
+import numpy as np
+
 from jaxgrad.diagnosis.activations import inner_names, is_zero, read_activation
 from jaxgrad.diagnosis.norms import is_residual, placed, read_norm, read_softmax
-from jaxgrad.diagnosis.parts import Activation, Difference, Index, LogHead, Mask, Structure
+from jaxgrad.diagnosis.parts import (
+    Activation,
+    Binary,
+    Difference,
+    Index,
+    LogHead,
+    Mask,
+    Structure,
+)
 from jaxgrad.diagnosis.wiring import FLAT, Wiring
 from jaxgrad.graph.ir import Lit, Op, Ref, Value, value_inputs
 
@@ -25,6 +35,7 @@ def read_structure(wiring: Wiring) -> Structure:
         _read_mask(op, wiring, found)
         if op.name in ("add", "add_any") and is_residual(op, wiring):
             found.residual_sums.append(op.outputs[0])
+    found.binaries.extend(_binaries(wiring, found))
     found.penalties.extend(_penalties(wiring))
     sums = set(found.residual_sums)
     found.norms[:] = [placed(norm, sums, wiring) for norm in found.norms]
@@ -46,11 +57,55 @@ def _read_head(op: Op, wiring: Wiring, found: Structure) -> None:
     if op.name == "log" and not isinstance(op.inputs[0], Lit) and op.inputs[0] in wiring.live:
         source = op.inputs[0]
         if wiring.is_head(source) and _is_output(source, wiring):
-            found.log_heads.append(LogHead(op, source, "log", wiring.layer(source)))
+            found.log_heads.append(
+                LogHead(op, source, "log", wiring.layer(source), _before_clip(source, wiring))
+            )
     if op.kind == "opaque" and {"exp", "log1p"} <= inner_names(op):
         source = next((v for v in value_inputs(op) if v in wiring.live), None)
         if source is not None and wiring.is_head(source):
-            found.log_heads.append(LogHead(op, source, "log_sigmoid", wiring.layer(source)))
+            found.log_heads.append(LogHead(op, source, "log_sigmoid", wiring.layer(source), source))
+
+
+def _before_clip(value: Value, wiring: Wiring) -> Value:
+    """What a clip, or a tiny constant added, is applied to; the value itself without one."""
+    found = value
+    for _ in range(12):
+        op, behind = wiring.producer.get(value), wiring.sources.get(value, ())
+        if op is None and len(behind) == 1 and not isinstance(behind[0], Lit):
+            value = behind[0]
+            continue
+        inner = [v for v in value_inputs(op) if v in wiring.live] if op is not None else []
+        if op is None or len(inner) != 1:
+            return found
+        if op.name in ("clamp", "max", "min") or (op.name == "add" and _adds_little(op)):
+            found = inner[0]
+        elif op.name not in ("reshape", "squeeze", "convert_element_type", "broadcast_in_dim"):
+            return found
+        value = inner[0]
+    return found
+
+
+def _adds_little(op: Op) -> bool:
+    """Whether an operation adds a small constant, as log(p + eps) does."""
+    numbers = [np.asarray(r.value, np.float64) for r in op.inputs if isinstance(r, Lit)]
+    return bool(numbers) and bool(np.abs(numbers[0]).max() < 1e-3)
+
+
+def _binaries(wiring: Wiring, found: Structure) -> list[Binary]:
+    """Products of a target with the logarithm of a sigmoid, as in a binary cross-entropy."""
+    heads = {wiring.origin(h.op.outputs[0])[0]: h for h in found.log_heads}
+    made = []
+    for op in wiring.ops():
+        if op.name != "mul" or op.outputs[0] not in wiring.live:
+            continue
+        for one, other in ((0, 1), (1, 0)):
+            head = heads.get(wiring.origin(op.inputs[one])[0])
+            target = op.inputs[other]
+            if head is None or isinstance(target, Lit) or target in wiring.depends:
+                continue
+            if target in wiring.from_data:
+                made.append(Binary(op, head.source, target, head.where))
+    return made
 
 
 def _is_error(op: Op, wiring: Wiring) -> bool:
@@ -70,8 +125,8 @@ def _is_output(value: Value, wiring: Wiring) -> bool:
 
 
 def bound_of(value: Value, structure: Structure, wiring: Wiring) -> Activation | None:
-    """The activation whose output a tensor is, unscaled."""
-    base, _ = wiring.origin(value)
+    """The activation whose output, or part of whose output, a tensor is, unscaled."""
+    base, _ = wiring.origin(value, through=("gather", "slice", "dynamic_slice"))
     for activation in structure.activations:
         if wiring.origin(activation.output)[0] == base and base != activation.source:
             return activation
@@ -89,7 +144,7 @@ def _read_index(op: Op, wiring: Wiring, found: Structure) -> None:
                 size = wiring.shape(operand)[axes[0]]
                 head = not wiring.is_weight(operand)
                 where = wiring.layer(op.outputs[0])
-                found.indices.append(Index(raw, size, "gather", head, where))
+                found.indices.append(Index(raw, size, "gather", head, where, op.outputs[0]))
     if op.name == "eq":
         for one, other in ((0, 1), (1, 0)):
             _, iota = wiring.origin(op.inputs[other])
@@ -102,7 +157,7 @@ def _read_index(op: Op, wiring: Wiring, found: Structure) -> None:
             shape = wiring.shape(op.outputs[0])
             size = max(wiring.shape(op.inputs[other]) or shape)
             head = wiring.is_head(op.outputs[0]) and op.outputs[0] in wiring.reaching
-            found.indices.append(Index(raw, size, "one_hot", head, ""))
+            found.indices.append(Index(raw, size, "one_hot", head, "", op.outputs[0]))
 
 
 def _raw_index(ref: Ref, wiring: Wiring) -> Value | None:

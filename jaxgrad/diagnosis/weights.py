@@ -18,6 +18,8 @@ _KEEPS = {
     "softplus": 1.0, "exp": 1.0,
 }  # fmt: skip
 
+_SMALL = 0.85  # between the weights of a linear layer, 0.71 of what a rectifier needs, and enough
+
 
 class Scale:
     """What a layer's weights do to the scale, beside what its activation needs."""
@@ -65,7 +67,7 @@ def _goal(scale: Scale) -> float:
     return math.sqrt(scale.needed)
 
 
-def _compounded(found: list[Scale]) -> float:
+def compounded(found: list[Scale]) -> float:
     """The factor by which the weights miss the needed scale, all layers together."""
     return math.exp(sum(math.log(max(s.ratio, 1e-30)) for s in found)) if found else 1.0
 
@@ -77,7 +79,7 @@ def init_scale(evidence: Evidence) -> list[Finding]:
     found = [s for s in scales(evidence) if s.ratio > 0]
     if not found:
         return []
-    whole = _compounded(found)
+    whole = compounded(found)
     ratios = np.array([s.ratio for s in found])
     if whole > 30 and ratios.max() > 2:
         return _maybe_too_large(evidence)
@@ -88,8 +90,7 @@ def init_scale(evidence: Evidence) -> list[Finding]:
 
 def loud(evidence: Evidence) -> dict[str, float] | None:
     """Signs that the output is far too large, or that bounded units are driven to their ends."""
-    head = evidence.head
-    if evidence.chance is not None and head is not None:
+    if evidence.chance is not None:
         ratio = evidence.initial.value / evidence.chance
         if ratio > 5:
             return {"loss_over_chance": ratio, "threshold": 5.0}
@@ -141,7 +142,7 @@ def too_large(evidence: Evidence, facts: dict[str, Any], severity: str) -> Findi
 
 
 def _maybe_too_small(evidence: Evidence, found: list[Scale]) -> list[Finding]:
-    small = [s for s in found if s.ratio < 0.7]
+    small = [s for s in found if s.ratio < _SMALL]
     worst = min(s.ratio for s in found)
     if worst > 0.25 and not evidence.stuck:
         return []
@@ -152,7 +153,7 @@ def _maybe_too_small(evidence: Evidence, found: list[Scale]) -> list[Finding]:
     where, scale = small[0].affine.where, small[0]
     facts = {
         "variance_times_fan_in": scale.gain, "needed": scale.needed,
-        "all_layers": _compounded(found), "loss_as_given": evidence.main.last,
+        "all_layers": compounded(found), "loss_as_given": evidence.main.last,
         "loss_with_the_needed_scale": cured.last, "layers": [s.affine.where for s in small],
     }  # fmt: skip
     if worst > 0.25:
@@ -162,7 +163,7 @@ def _maybe_too_small(evidence: Evidence, found: list[Scale]) -> list[Finding]:
             "init.too_small", "error", "initial", where,
             f"The weights are too small from {where} on: variance times fan_in is "
             f"{scale.gain:.3g}, {scale.needed:g} would keep the scale, and {len(found)} layers "
-            f"compound to {_compounded(found):.1g}.",
+            f"compound to {compounded(found):.1g}.",
             facts, fix("init.too_small", gain=scale.needed), 0.92,
         )
     ]  # fmt: skip

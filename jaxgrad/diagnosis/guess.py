@@ -1,0 +1,94 @@
+"""What the loss of a model that knows nothing comes to: every logit, or every prediction, zero."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.diagnosis.parts import Softmax, Structure
+from jaxgrad.diagnosis.passes import tappable
+from jaxgrad.diagnosis.problem import Problem
+from jaxgrad.diagnosis.structure import bound_of
+from jaxgrad.diagnosis.wiring import Wiring, inputs_for
+from jaxgrad.graph import rewrite
+from jaxgrad.graph.ir import Value
+
+
+def logits(structure: Structure, wiring: Wiring) -> list[Value]:
+    """The tensors whose softmax, or sigmoid, the loss takes the logarithm of."""
+    logs = any(h.kind == "log" for h in structure.log_heads)
+    found = [
+        s.source for s in structure.softmaxes if s.head and s.size > 1 and (s.kind == "log" or logs)
+    ]
+    for head in structure.log_heads:
+        bound = bound_of(head.source, structure, wiring)
+        if head.kind == "log_sigmoid":
+            found.append(head.source)
+        elif bound is not None and bound.kind == "sigmoid":
+            found.append(bound.source)
+    return list(dict.fromkeys(found))
+
+
+def predictions(structure: Structure, wiring: Wiring) -> list[Value]:
+    """The tensors that the loss compares with targets, as the last layer gives them."""
+    unbounded = [
+        d.prediction
+        for d in structure.differences
+        if bound_of(d.prediction, structure, wiring) is None
+    ]
+    return list(dict.fromkeys(unbounded))
+
+
+def loss_of_zeros(problem: Problem, wiring: Wiring, where: Sequence[Value]) -> float | None:
+    """The loss with zeros in the place of some tensors; None where there is none, or no number.
+
+    It takes the loss as it is written, with its weights, masks, smoothing and sums: no formula for
+    the number of classes could.
+    """
+    places = [at for at in (tappable(v, wiring) for v in where) if at is not None]
+    taps = {v: i for i, v in enumerate(dict.fromkeys(places))}
+    if not taps:
+        return None
+    tapped = rewrite.Tapped(
+        wiring.table, taps, lambda x, slot: (jnp.zeros_like(x), slot), jnp.zeros_like
+    )
+    slots = {i: jnp.zeros(wiring.lengths[wiring.producer[v]]) for v, i in taps.items()}
+
+    @jax.jit
+    def run(values: list[jax.Array]) -> jax.Array:
+        return tapped.run(wiring.block, inputs_for(problem, values, problem.batch), slots)[0][0]
+
+    loss = float(run(problem.values))
+    return loss if math.isfinite(loss) and loss > 0 else None
+
+
+def chance(
+    problem: Problem, wiring: Wiring, structure: Structure, head: Softmax | None
+) -> float | None:
+    """The loss of equal logits where the loss is a cross-entropy, None where it is another one.
+
+    Args:
+        problem: the problem.
+        wiring: its dataflow.
+        structure: what was read off it.
+        head: the softmax of the classification, if there is one.
+    """
+    measured = loss_of_zeros(problem, wiring, logits(structure, wiring))
+    if measured is None and head is not None and head.size > 1:
+        return math.log(head.size)  # a likelihood that is minimized: below zero
+    return measured
+
+
+def marginal_entropy(labels: np.ndarray, unit: float) -> float | None:
+    """Entropy of the labels' own distribution in the batch; None without integer labels.
+
+    Args:
+        labels: of the batch.
+        unit: what one nat is in the loss: 1 of a mean, the number of tokens of a sum.
+    """
+    if not labels.size or not np.issubdtype(labels.dtype, np.integer):
+        return None
+    shares = np.unique(labels, return_counts=True)[1] / labels.size
+    return unit * float(-np.sum(shares * np.log(shares)))
