@@ -43,3 +43,60 @@ def test_the_singular_values_of_dead_units_are_those_of_float64(width, killed, r
             np.testing.assert_allclose(found[: alive // 2], trusted, atol=1e-3)
             # beyond the rank nothing is left but noise of the last bits
             assert np.all(found[alive:] < found[0] + np.log(1e-6))
+
+
+def relu_examples(seed, examples=5, width=6, inputs=4):
+    """The Jacobian of `relu(x @ w)` over a few examples: blocks, each with its dead rows."""
+    rng = np.random.default_rng(seed)
+    weights = rng.standard_normal((inputs, width)) / 2
+    matrix = np.zeros((examples * width, examples * inputs))
+    for k in range(examples):
+        alive = rng.standard_normal(inputs) @ weights > 0
+        rows, columns = slice(k * width, (k + 1) * width), slice(k * inputs, (k + 1) * inputs)
+        matrix[rows, columns] = alive[:, None] * weights.T
+    return matrix
+
+
+def test_a_dependent_column_takes_nothing_of_the_others_with_it():
+    """A noise pivot, found only after the rows before it are known, once hid what came after it."""
+    matrices = np.stack([relu_examples(seed) for seed in range(1100)])  # a decision for each
+
+    @jax.jit
+    def held(matrices):
+        made = jax.lax.map(Graded.from_dense, matrices)
+        return made.to_dense(), made.rank
+
+    dense, rank = held(jnp.asarray(matrices, jnp.float32))
+    np.testing.assert_allclose(dense, matrices, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(rank, np.linalg.matrix_rank(matrices))
+
+
+@jax.jit
+def certified(matrix):
+    spectrum = Graded.from_dense(matrix).left_multiply(matrix).spectrum()
+    return spectrum.log(), spectrum.certificate
+
+
+def test_a_value_that_fell_below_rounding_is_not_vouched_for_and_one_that_must_be_zero_is():
+    rng = np.random.default_rng(0)
+    dense = rng.standard_normal((6, 6))
+    alive = np.arange(6) < 4
+    must_be_zero = {
+        "dead rows": alive[:, None] * dense,
+        "dead columns": dense * alive,
+        "zero": np.zeros((6, 6)),
+    }
+    only_small = {
+        "rank one and noise": np.outer(dense[0], dense[1]) + 1e-12 * dense,
+        "softmax": np.diag(np.full(6, 1 / 6)) - 1 / 36 * (1 + 1e-7 * dense),
+        "flushed": dense * 1e-41,
+    }
+    for name, matrix in must_be_zero.items():
+        logs, certificate = certified(jnp.asarray(matrix, jnp.float32))
+        assert np.sum(np.isinf(logs)) == 6 - np.linalg.matrix_rank(matrix), name
+        assert np.all(certificate.trusted), name
+    for name, matrix in only_small.items():
+        logs, certificate = certified(jnp.asarray(matrix, jnp.float32))
+        assert np.isinf(logs[-1]), name
+        assert not np.any(certificate.trusted[np.isinf(logs)]), name
+        assert np.all(certificate.trusted[np.isfinite(logs)]), name

@@ -19,6 +19,8 @@ from jaxgrad.graded import scale
 _LARGEST_COUPLING = 16.0
 # A remainder smaller than this many times its own rounding error is zero.
 _ZERO_BELOW = 4.0
+# How often the zeros are told apart anew, given the zeros of the rows before.
+_ZERO_PASSES = 3
 
 
 class GradedQR(NamedTuple):
@@ -169,21 +171,31 @@ def _rounding(columns: Columns, left, triangle):
     eps = jnp.finfo(triangle.dtype).eps
     diagonal = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
     weight = jnp.sqrt(jnp.einsum("...ik,...i->...k", left**2, columns.rows**2))
-    squares = columns.noise**2 + jnp.sum(columns.values**2, axis=-2)
-    own = eps * weight * jnp.sqrt(squares[..., :count])
+    own = columns.noise**2 + jnp.sum(columns.values**2, axis=-2)
     remaining = jnp.sqrt(jnp.arange(height, height - count, -1).astype(triangle.dtype))
-    zero = diagonal <= _ZERO_BELOW * own * remaining
-    safe = jnp.where(zero, 1, diagonal)
     strict = jnp.triu(jnp.ones(triangle.shape[-2:], bool), 1)
-    ratios = jnp.where(strict & ~zero[..., None], triangle / safe[..., None], 0)
-    # An error in an earlier column turns the direction that later columns are freed from.
-    squares = squares + jnp.einsum("...ik,...i->...k", ratios**2, squares[..., :count])
-    own = eps * weight * jnp.sqrt(squares[..., :count])
-    zero = diagonal <= _ZERO_BELOW * own * remaining
+
+    def with_inherited(zero):
+        # An error in an earlier column turns the direction that later columns are freed from.
+        safe = jnp.where(zero, 1, diagonal)
+        ratios = jnp.where(strict & ~zero[..., None], triangle / safe[..., None], 0)
+        squares = own + jnp.einsum("...ik,...i->...k", ratios**2, own[..., :count])
+        return squares, eps * weight * jnp.sqrt(squares[..., :count])
+
+    def is_zero(error):
+        return diagonal <= _ZERO_BELOW * error * remaining
+
+    # What is zero depends on earlier rows alone: a noise row that is taken for one with content
+    # would drown every later column in its ratios. The last pass must find nothing new.
+    before = zero = is_zero(eps * weight * jnp.sqrt(own[..., :count]))
+    for _ in range(_ZERO_PASSES):
+        before, zero = zero, is_zero(with_inherited(zero)[1])
+    squares, error = with_inherited(zero)
     limit = _ZERO_BELOW * eps * jnp.sqrt(squares * height)
     weighty = (columns.mantissa != 0)[..., None, :] & strict & zero[..., None]
     stray = jnp.any(weighty & (jnp.abs(triangle) > limit[..., None, :]), axis=(-2, -1))
-    return zero, own / jnp.where(zero, 1, diagonal), stray
+    stray |= jnp.any(before != zero, axis=-1)
+    return zero, error / jnp.where(zero, 1, diagonal), stray
 
 
 def _unit_triangle(columns: Columns, triangle, zero):

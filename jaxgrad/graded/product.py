@@ -124,7 +124,8 @@ class Graded:
         product = _left_multiplied_by_scales(product, self.mantissa, self.exponent)
         product = product.left_multiply(self.left)
         inherited = jnp.max(self.evidence.overtaken, axis=-1, initial=0)[..., None]
-        variance = jnp.max(self.evidence.variance, axis=-1, initial=0)[..., None]
+        known = jnp.where(self.mantissa == 0, 0, self.evidence.variance)
+        variance = jnp.max(known, axis=-1, initial=0)[..., None]
         evidence = product.evidence
         evidence = replace(
             evidence,
@@ -193,11 +194,20 @@ class Graded:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pending:
-    """A product that layers have been multiplied to without orthogonalizing again."""
+    """A product that layers have been multiplied to without orthogonalizing again.
+
+    Attributes:
+        columns: the left factor, the pending layers multiplied to it, and the scales.
+        right: the right factor.
+        evidence: what rounding may have done so far.
+        most: a bound of the rank that needs no arithmetic: rows and columns of the pending layers
+            that are not all zeros.
+    """
 
     columns: Columns
     right: Float[Array, "*batch r n_in"]
     evidence: Evidence
+    most: Int[Array, "*batch"]
 
     @staticmethod
     def of(product: Graded) -> "Pending":
@@ -205,7 +215,8 @@ class Pending:
         noise = jnp.zeros_like(product.mantissa)
         rows = row_scales(product.left)
         columns = Columns(product.left, product.mantissa, product.exponent, rows, noise)
-        return Pending(columns, product.right, product.evidence)
+        most = jnp.full(product.mantissa.shape[:-1], product.mantissa.shape[-1], jnp.int32)
+        return Pending(columns, product.right, product.evidence, most)
 
     def pushed(self, matrix: Float[ArrayLike, "..."]) -> "Pending":
         """One more layer, as a plain product."""
@@ -218,6 +229,9 @@ class Pending:
                 f"needed, or one without batch axes; got the shape {matrix.shape}."
             )
         matrix = jnp.broadcast_to(matrix.astype(old.values.dtype), (*batch, *matrix.shape[-2:]))
+        there = scale.is_nonzero(matrix)
+        sides = [jnp.sum(jnp.any(there, axis), -1, dtype=jnp.int32) for axis in (-1, -2)]
+        most = jnp.minimum(self.most, jnp.minimum(*sides))
         finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1))
         matrix = jnp.where(finite[..., None, None], matrix, 0)
         shift = scale.largest_exponent(matrix)
@@ -232,7 +246,7 @@ class Pending:
         columns = Columns(
             values, mantissa, old.exponent + shift[..., None], row_scales(matrix), noise
         )
-        return replace(self, columns=columns)
+        return replace(self, columns=columns, most=most)
 
     def settled(
         self, repair: bool | Bool[Array, ""] = True
@@ -250,7 +264,7 @@ class Pending:
         nan = jnp.isnan(self.columns.mantissa)
         columns = self.columns._replace(mantissa=jnp.where(nan, 0.5, self.columns.mantissa))
         qr = graded_qr(columns, repair)
-        mantissa, exponent, evidence = after(qr, nan, self.evidence)
+        mantissa, exponent, evidence = after(qr, nan, self.evidence, self.most)
         right = jnp.take_along_axis(self.right, qr.order[..., None], axis=-2)
         right = jnp.matmul(qr.unit, right, precision="highest")
         lost = qr.wrong | jnp.any(qr.died, axis=-1)

@@ -6,7 +6,7 @@ round at every layer; an integer exponent is exact, which is worth two digits at
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # ln 2 = _LN2_HIGH + _LN2_LOW; an exponent of up to 15 (20) bits times the high part is exact in
 # float32 (float64), so the sum of both rounds once (W. Cody, W. Waite 1980, chapter 6).
@@ -67,3 +67,9 @@ def log_of(
     )
     count = exponent.astype(mantissa.dtype)
     return count * _LN2_HIGH[name] + (count * _LN2_LOW[name] + jnp.log(mantissa))
+
+
+def is_nonzero(values: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Whether the numbers are not zero, by their bits: devices take subnormal numbers for zero."""
+    integer = jnp.int32 if jnp.finfo(values.dtype).bits == 32 else jnp.int64
+    return (jax.lax.bitcast_convert_type(values, integer) << 1) != 0

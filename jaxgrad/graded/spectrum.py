@@ -1,7 +1,7 @@
 """Singular values of a graded product, and how far they can be trusted."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,9 @@ class Certificate:
     """How far the singular values of a product can be trusted.
 
     Attributes:
-        error: Estimated absolute error of every natural log singular value, in their order.
+        error: Estimated absolute error of every natural log singular value, in their order. It is
+            infinite where -inf stands for a value that fell below rounding, and 0 or so where the
+            value must be zero, as by dead units.
         overtaken: The largest lead, in nats, that one mode had over another and lost again. When it
             exceeds `limit`, rounding one factor changes the answer: no algorithm in this precision
             can know it. Use `log_singular_values_mp` then.
@@ -128,10 +130,25 @@ def _settled(values, mantissa, exponent, evidence) -> tuple[GradedQR, tuple]:
     return qr, after(qr, nan, evidence)
 
 
-def after(qr: GradedQR, nan, evidence: Evidence) -> tuple:
-    """Mantissas, exponents and evidence of the modes, with NaN put back."""
+def after(qr: GradedQR, nan, evidence: Evidence, most: Int[Array, "*batch"] | None = None) -> tuple:
+    """Mantissas, exponents and evidence of the modes, with NaN put back.
+
+    A mode that fell below rounding is zero, or it is only small: the certificate does not vouch for
+    it, unless the rank can be no larger than it is now.
+
+    Args:
+        qr: the new orthogonalization.
+        nan: which modes are NaN.
+        evidence: what there was before it.
+        most: a bound of the rank; None: unknown.
+    """
     mantissa = jnp.where(nan[..., : qr.mantissa.shape[-1]], jnp.nan, qr.mantissa)
-    return mantissa, qr.exponent, updated(evidence, qr)
+    doubtful = qr.died
+    if most is not None:
+        doubtful &= (jnp.sum(qr.mantissa != 0, axis=-1) < most)[..., None]
+    evidence = updated(evidence, qr)
+    variance = jnp.where(doubtful, jnp.inf, evidence.variance)
+    return mantissa, qr.exponent, replace(evidence, variance=variance)
 
 
 def _descending(mantissa, exponent, error, count):
