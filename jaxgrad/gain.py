@@ -68,7 +68,7 @@ def measure(  # noqa: PLR0913, PLR0917
             return after[:-1], after[-1]
         return after, after[-1]
 
-    if "while" in structure.primitives_in(program):  # no reverse mode
+    if not structure.directions(program)[1]:  # no reverse mode: a while_loop
         out, push, preact = jax.linearize(layer, *state, has_aux=True)
         gain = _mean_square_of(lambda t: push(*t), state, key, spec.probes)
         gain = gain * _size(state) / _size(out)

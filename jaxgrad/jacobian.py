@@ -235,17 +235,16 @@ def _mapped(fun: Callable[[Array], Array], n: int, chunk: int) -> Array:
 
 def _direction(link: Link, n_in: int, n_out: int) -> bool:
     """Whether to push (True) or pull: what the layer allows, else the fewer."""
+    can_push, can_pull = structure.directions(link.program)
     found = structure.primitives_in(link.program)
-    no_reverse = "while" in found
-    no_forward = any(name.startswith("custom_vjp") for name in found)
-    if no_reverse and no_forward:
+    if not (can_push or can_pull):
         raise ValueError(
             f"layer {link.name!r} holds a while_loop, which has no reverse-mode derivative, and a "
             "custom_vjp, which has no forward-mode one: its Jacobian cannot be computed. "
             "Use lax.scan for the loop, or custom_jvp."
         )
-    if no_reverse or no_forward:
-        return no_reverse
+    if not (can_push and can_pull):
+        return can_push
     return n_in <= n_out or _may_be_structured(found)
 
 

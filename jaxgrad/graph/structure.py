@@ -6,6 +6,7 @@ from elementwise scalings, sums, and products with a matrix; so is a residual br
 else is pushed or pulled.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -160,6 +161,50 @@ def _times_weights(form: _Form, weights: Array) -> _Form:
     if form.diagonal:
         return _Form(weights * form.matrix[..., None, :], False)
     return _Form(jnp.matmul(weights, form.matrix, precision=jax.lax.Precision.HIGHEST), False)
+
+
+@functools.lru_cache(maxsize=1024)
+def directions(program: Program) -> tuple[bool, bool]:
+    """Whether a program has a forward-mode and a reverse-mode derivative.
+
+    Names alone do not tell: a `custom_vjp` around a `while_loop` (an implicit layer) has the
+    reverse mode that its rule gives. Reverse mode past a loop is traced; forward mode past a
+    `custom_vjp` would trace, to a stub that fails when it is run.
+    """
+    found = primitives_in(program)
+    forward = not any(name.startswith("custom_vjp") for name in found)
+    return forward, "while" not in found or _has_reverse(program)
+
+
+def _has_reverse(program: Program) -> bool:
+    types = program.table.avals
+    constants = [jax.ShapeDtypeStruct(np.shape(lit.value), lit.value.dtype)
+                 for lit in program.literals]  # fmt: skip
+    constants += [_type(types[v]) for v in program.constants]
+    sides = [_type(types[v]) for v in program.sides]
+    state = [_type(types[v]) for v in program.before]
+    floats = [i for i, a in enumerate(state) if jnp.issubdtype(a.dtype, jnp.floating)]
+
+    def reverse(constants: Any, sides: Any, state: Any) -> Any:
+        def fun(wanted: list[Any]) -> list[Any]:
+            full = list(state)
+            for i, value in zip(floats, wanted, strict=True):
+                full[i] = value
+            after, _ = program.run(tuple(constants), tuple(sides), tuple(full))
+            return [a for a in after if jnp.issubdtype(jnp.result_type(a), jnp.floating)]
+
+        out, pull = jax.vjp(fun, [state[i] for i in floats])
+        return pull(out)
+
+    try:
+        _ = jax.eval_shape(reverse, constants, sides, state)
+    except Exception:  # a rule may refuse with any exception (equinox asserts)
+        return False
+    return True
+
+
+def _type(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def primitives_in(program: Program) -> set[str]:

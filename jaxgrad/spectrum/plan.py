@@ -137,6 +137,8 @@ def _check_transpose(link: Link, state: Sequence[Any], caller: str) -> None:
 
     def transposed(state: tuple[Any, ...]) -> Any:
         out, pull = jax.vjp(lambda s: link.program.run(link.constants, link.sides, s)[0], state)
+        if _is_backward_only(link):  # its forward direction is the transpose of its rule
+            return jax.linear_transpose(pull, out)(pull(out))
         return pull(out)
 
     try:
@@ -150,9 +152,11 @@ def _check_transpose(link: Link, state: Sequence[Any], caller: str) -> None:
 
 
 def _step(link: Link) -> Step:
-    found = structure.primitives_in(link.program)
-    backward_only = any(name.startswith("custom_vjp") for name in found)
-    return Step(link.program, link.batch_in, link.batch_out, backward_only)
+    return Step(link.program, link.batch_in, link.batch_out, _is_backward_only(link))
+
+
+def _is_backward_only(link: Link) -> bool:
+    return not structure.directions(link.program)[0]
 
 
 def _runs(pattern: Sequence[int]) -> Iterator[tuple[int, int, int]]:
