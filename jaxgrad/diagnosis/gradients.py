@@ -36,7 +36,7 @@ def nonfinite(evidence: Evidence) -> list[Finding]:
     output = birth.op.outputs[0]
     stage = "initial" if not first.finite else "running"
     inner = next((v for v in birth.op.inputs if isinstance(v, int)), output)
-    where = wiring.layer(inner if birth.backward else output)
+    where = wiring.layer(inner if birth.backward else output) or wiring.layer_after(output, 8)
     facts = {
         "operation": birth.op.name, "line": source_line(birth.op),
         "pass": "backward" if birth.backward else "forward", "iteration": list(birth.iteration),
