@@ -282,7 +282,7 @@ def _missing() -> float:
 
 
 def _blank_record(slot: Array) -> Array:
-    return jnp.zeros(1 + len(statistics.ACTIVATION), slot.dtype)
+    return jnp.zeros((*slot.shape[:-1], 1 + len(statistics.ACTIVATION)), slot.dtype)
 
 
 def _rows(records: dict[int, Array], count: int, width: int, index: np.ndarray) -> Array:

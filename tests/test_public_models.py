@@ -133,3 +133,35 @@ def test_a_rule_that_asserts_what_may_be_differentiated_is_not_asked_for_the_res
     product = np.linalg.multi_dot(jg.layer_jacobians(chain, x)[::-1])
     scale = np.max(np.abs(expected))
     np.testing.assert_allclose(product, expected, rtol=0, atol=1e-12 * scale)
+
+
+# ------------------------------------------------------------------------- a loop inside a branch
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_scan_inside_a_branch_has_its_rows_whether_it_is_taken_or_not(taken, x64):
+    """As an adaptive solver has it: a loop over stages in one branch, nothing in the other."""
+    params = {
+        "in": normal(3, 4),
+        "stages": normal(3, 4, 4, seed=1) / 2,
+        "out": normal(4, 2, seed=2),
+    }
+
+    def loss(params, x, taken):
+        h = jnp.tanh(x @ params["in"])
+
+        def stages(h):
+            return jax.lax.scan(lambda h, w: (jnp.sin(h @ w), None), h, params["stages"])[0]
+
+        return jnp.sum((jax.lax.cond(taken, stages, lambda h: h, h) @ params["out"]) ** 2)
+
+    x = normal(5, 3, seed=3)
+    flowing = jax.jit(jg.value_and_grad_flow(loss))
+    (value, flow), grads = flowing(params, x, taken)
+    expected, expected_grads = jax.jit(jax.value_and_grad(loss))(params, x, taken)
+    np.testing.assert_allclose(value, expected, rtol=1e-14)
+    for mine, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-13 * np.max(np.abs(theirs)))
+    rows = [k for k, name in enumerate(flow.names) if "stages" in name]
+    assert len(rows) >= 3
+    assert np.all(np.isnan(flow.gradient_rms[np.array(rows[:3])])) == (not taken)
