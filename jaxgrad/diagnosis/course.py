@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from jaxgrad.diagnosis.evidence import Evidence
-from jaxgrad.diagnosis.passes import UNITS, Measurement
+from jaxgrad.diagnosis.passes import Measurement
 from jaxgrad.diagnosis.past import Past
+from jaxgrad.diagnosis.tapping import UNITS
 from jaxgrad.monitor.summary import exponents
 
 _PROFILES = ("activation_rms", "gradient_rms", "weight_gradient_rms")

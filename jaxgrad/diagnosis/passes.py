@@ -3,6 +3,7 @@
 Compiled once, the pass is run on other parameters, other data and another scale of the loss.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,127 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxgrad.diagnosis import tapping
 from jaxgrad.diagnosis.parts import Structure
 from jaxgrad.diagnosis.problem import Problem
 from jaxgrad.diagnosis.wiring import Wiring, inputs_for
 from jaxgrad.graph import rewrite, sites
 from jaxgrad.graph.ir import Lit, Ref, Value, is_real_dtype, value_inputs
 
-_FORWARD = (
-    "rms", "mean", "max", "zero_share", "nonfinite", "example_share", "token_share",
-    "beyond_tanh", "beyond_sigmoid",
-)  # fmt: skip
-
-
-# |tanh| above this is saturated (slope below 6 %), and a sigmoid where |2s - 1| is
-SATURATED = 0.97
-
-
-_BACKWARD = ("gradient_rms", "gradient_max", "gradient_nonfinite")
-
-
-# What is measured of a unit: the last three are the shares of the data on which a rectifier, a tanh
-# and a sigmoid work: they are neither silent nor at their bounds.
-UNITS = ("low", "high", "mean", "std", "active", "inside_tanh", "inside_sigmoid")
-
-
 _MAX_UNITS = 4096
-
-
-def _scaled_rms(x: Array) -> tuple[Array, Array]:
-    largest = jnp.max(jnp.abs(x), initial=0.0)
-    unit = jnp.where(largest > 0, largest, 1.0)
-    return jnp.sqrt(jnp.mean(jnp.square(x / unit))) * unit, largest
-
-
-def _share_within(x: Array, axis: int) -> Array:
-    """The share of the energy that varies along an axis."""
-    if x.ndim < -axis or x.ndim <= max(axis, 0) or x.shape[axis] < 2:
-        return jnp.full((), jnp.nan)
-    unit = jnp.maximum(jnp.max(jnp.abs(x), initial=0.0), 1e-30)
-    x = x / unit
-    energy = jnp.mean(jnp.square(x))
-    varied = jnp.mean(jnp.square(x - jnp.mean(x, axis=axis, keepdims=True)))
-    return jnp.where(energy > 0, varied / energy, jnp.nan)
-
-
-def _forward_row(x: Array) -> Array:
-    x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    if x.size == 0:
-        return jnp.zeros(len(_FORWARD))
-    rms, largest = _scaled_rms(x)
-    tokens = _share_within(x, -2) if x.ndim >= 3 else jnp.full((), jnp.nan)
-    examples = _share_within(x, 0) if x.ndim >= 2 else jnp.full((), jnp.nan)
-    bad = jnp.sum(~jnp.isfinite(x))
-    row = [rms, jnp.mean(x), largest, jnp.mean(x == 0), bad, examples, tokens]
-    row += [jnp.mean(jnp.abs(x) > SATURATED), jnp.mean(jnp.abs(2 * x - 1) > SATURATED)]
-    return jnp.stack([jnp.asarray(r, jnp.float32) for r in row])
-
-
-def _units(x: Array, axis: int, count: int) -> Array:
-    """Of every unit over the data: see `UNITS`."""
-    if count == 0:
-        return jnp.zeros((len(UNITS), 0))
-    x = jnp.moveaxis(jax.lax.stop_gradient(x).astype(jnp.float32), axis, -1).reshape(-1, count)
-    shares = [x != 0, jnp.abs(x) <= SATURATED, jnp.abs(2 * x - 1) <= SATURATED]
-    return jnp.stack([x.min(0), x.max(0), x.mean(0), x.std(0), *(s.mean(0) for s in shares)])
-
-
-def _backward_row(x: Array) -> Array:
-    x = x.astype(jnp.float32)
-    rms, largest = _scaled_rms(x)
-    return jnp.stack([rms, largest, jnp.sum(~jnp.isfinite(x)).astype(jnp.float32)])
-
-
-def _axis(slot: dict[str, Array]) -> tuple[str, int]:
-    key = next(k for k in slot if k.startswith("units"))
-    return key, int(key[5:])
-
-
-@jax.custom_vjp
-def _measured(x: Array, slot: dict[str, Array]) -> Array:
-    del slot
-    return x
-
-
-def _measured_forward(x: Array, slot: dict[str, Array]) -> tuple[Array, Any]:
-    return x, slot
-
-
-def _measured_backward(slot: dict[str, Array], cotangent: Array) -> tuple[Array, Any]:
-    key, axis = _axis(slot)
-    count = slot[key].shape[-1]
-    seen = jnp.abs(cotangent)
-    return cotangent, {"row": _backward_row(cotangent), key: _units(seen, axis, count)}
-
-
-_ = _measured.defvjp(_measured_forward, _measured_backward)
-
-
-def _tap(x: Array, slot: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-    key, axis = _axis(slot)
-    record = {"row": _forward_row(x), key: _units(x, axis, slot[key].shape[-1])}
-    return _measured(x, slot), record
-
-
-def _blank(slot: dict[str, Array]) -> dict[str, Array]:
-    key, _ = _axis(slot)
-    return {"row": jnp.full(len(_FORWARD), jnp.nan), key: jnp.zeros_like(slot[key])}
-
-
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """What was measured of one tensor; arrays have the lengths of the scans around it in front.
-
-    Attributes:
-        row: forward statistics by name, each of shape lengths.
-        units: what `UNITS` says of every unit, (*lengths, len(UNITS), units).
-        unit_gradients: the same of the cotangent's magnitude.
-    """
-
-    row: dict[str, np.ndarray]
-    units: np.ndarray
-    unit_gradients: np.ndarray
+# Elements of all tensors that are carried to the host, and measured there.
+_MAX_CARRIED = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +40,7 @@ class Measurement:
 
     value: float
     grads: list[np.ndarray]
-    tensors: dict[Value, Tensor]
+    tensors: dict[Value, tapping.Tensor]
     names: tuple[str, ...]
     rows: dict[str, np.ndarray]
     row_parameters: tuple[tuple[str, ...], ...]
@@ -189,21 +79,36 @@ class Instrument:
             self.place[value] = value
         self.lengths = values
         self.index = {value: i for i, value in enumerate(values)}
-        self.tapped = rewrite.Tapped(wiring.table, self.index, _tap, _blank)
+        sizes = [math.prod((*n, *wiring.shape(v))) for v, n in values.items()]
+        self.outside = sum(sizes) <= _MAX_CARRIED
+        taps = (
+            (tapping.tap_outside, tapping.blank_outside)
+            if self.outside
+            else (tapping.tap_inside, tapping.blank_inside)
+        )
+        self.tapped = rewrite.Tapped(wiring.table, self.index, *taps)
         self._compiled = jax.jit(self._run)
 
-    def _slots(self) -> dict[int, dict[str, Array]]:
+    def _units(self, value: Value) -> tuple[int, int]:
+        """The axis of a tensor's units, and how many of them are looked at."""
+        shape, axis = self.wiring.shape(value), channel_axis(value, self.wiring)
+        return axis, shape[axis] if len(shape) >= 2 and shape[axis] <= _MAX_UNITS else 0
+
+    def _slots(self) -> dict[int, tapping.Slot]:
         slots = {}
         for value, i in self.index.items():
-            shape = self.wiring.shape(value)
-            axis = channel_axis(value, self.wiring)
-            units = shape[axis] if len(shape) >= 2 and shape[axis] <= _MAX_UNITS else 0
-            lengths = self.lengths[value]
-            slots[i] = {
-                "row": jnp.zeros((*lengths, len(_BACKWARD))),
-                f"units{axis}": jnp.zeros((*lengths, len(UNITS), units)),
-            }
+            lengths, shape = self.lengths[value], self.wiring.shape(value)
+            if self.outside:
+                dtype = self.wiring.table.avals[value].dtype
+                slots[i] = tapping.slot_outside(lengths, shape, dtype)
+            else:
+                slots[i] = tapping.slot_inside(lengths, *self._units(value))
         return slots
+
+    def _tensor(self, value: Value, record: Any, back: Any) -> tapping.Tensor:
+        if self.outside:
+            return tapping.of_tensors(record, back, *self._units(value))
+        return tapping.of_figures(record, back)
 
     def _run(self, values: list[Array], batch: PyTree, key: Any, scale: Array) -> Any:
         def objective(values: list[Array], slots: Any) -> Any:
@@ -233,13 +138,13 @@ class Instrument:
         arrays = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
         out = self._compiled(list(values), arrays, key, jnp.float32(scale))
         loss, grads, records, back = jax.device_get(out)
-        tensors = {v: _tensor(records[i], back[i]) for v, i in self.index.items()}
+        tensors = {v: self._tensor(v, records[i], back[i]) for v, i in self.index.items()}
         names, index = sites.rows(self.planned)
         flat = {
             key: np.concatenate([np.ravel(tensors[s.value].row[key]) for s in self.planned])[index]
             if self.planned
             else np.zeros(0)
-            for key in (*_FORWARD, *_BACKWARD)
+            for key in (*tapping.FORWARD, *tapping.BACKWARD)
         }
         owners = [s.parameters for s in self.planned for _ in range(int(np.prod(s.lengths)))]
         tensors |= {v: tensors[at] for v, at in self.place.items()}
@@ -247,13 +152,6 @@ class Instrument:
             float(loss), [np.asarray(g) for g in grads], tensors, tuple(names), flat,
             tuple(owners[i] for i in index),
         )  # fmt: skip
-
-
-def _tensor(record: dict[str, Any], back: dict[str, Any]) -> Tensor:
-    key = next(k for k in record if k.startswith("units"))
-    row = {name: np.asarray(record["row"][..., i]) for i, name in enumerate(_FORWARD)}
-    row |= {name: np.asarray(back["row"][..., i]) for i, name in enumerate(_BACKWARD)}
-    return Tensor(row, np.asarray(record[key]), np.asarray(back[key]))
 
 
 def tappable(value: Ref, wiring: Wiring) -> Value | None:

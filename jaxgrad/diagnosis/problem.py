@@ -114,7 +114,7 @@ def make_problem(  # noqa: PLR0913 (the arguments of `diagnose`)
 def _as_array(leaf: Any, numbers: bool) -> Any:
     if isinstance(leaf, np.ndarray | np.generic) or (isinstance(leaf, float) and numbers):
         return jnp.asarray(leaf)
-    if getattr(leaf, "weak_type", False):
+    if isinstance(leaf, jax.Array) and leaf.weak_type:
         # as after the first update; else all that is measured before and after compiles twice
         return jax.lax.convert_element_type(leaf, leaf.dtype)
     return leaf

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
+from jaxgrad.diagnosis.packing import step_figures
 from jaxgrad.diagnosis.problem import Problem
-from jaxgrad.monitor.summary import rounded_away
 
 REFERENCE_RATE = 1e-3
 
@@ -137,18 +137,19 @@ class Trainer:
             ramp = jnp.minimum(1.0, (t + 1) / jnp.maximum(controls["warmup"], 1.0))
             factor = controls["scale"] * ramp
             updates = [
-                jnp.where(chosen > 0, b, a).astype(jnp.float32) * factor * (1.0 if use else 0.0)
+                _wide(jnp.where(chosen > 0, b, a)) * factor * (1.0 if use else 0.0)
                 for a, b, use in zip(
                     problem.flat(own), problem.flat(ref), problem.trainable, strict=True
                 )
             ]
-            good = ok & jnp.isfinite(loss) & _all_finite(grads)
+            figures = step_figures(values, grads, updates)
+            good = ok & jnp.isfinite(loss) & figures.pop("finite")
             moved = [
                 jnp.where(good, (p + u).astype(p.dtype), p)
                 for p, u in zip(values, updates, strict=True)
             ]
-            row = _row(loss, values, grads, updates) | {"good": good, "finite": jnp.isfinite(loss)}
-            return (moved, (own_state, ref_state), good), row
+            figures |= {"loss": loss.astype(jnp.float32), "finite": jnp.isfinite(loss)}
+            return (moved, (own_state, ref_state), good), figures | {"good": good}
 
         start = (values, states, jnp.asarray(True))
         (values, _, _), rows = jax.lax.scan(step, start, jnp.arange(self.steps))
@@ -196,6 +197,10 @@ class Trainer:
         )  # fmt: skip
 
 
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _transformation(tx: Any) -> Any:
     """An optax transformation, also out of an object that holds one (an `nnx.Optimizer`)."""
     if not hasattr(tx, "init") and hasattr(tx, "tx"):
@@ -222,38 +227,3 @@ def _with_arrays(batch: PyTree, arrays: list[Array]) -> PyTree:
     leaves, treedef = jax.tree.flatten(batch)
     rest = iter(arrays)
     return treedef.unflatten([next(rest) if isinstance(x, jax.Array) else x for x in leaves])
-
-
-def _all_finite(leaves: Sequence[Array]) -> Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
-
-
-def _norm_of(leaves: Sequence[Array]) -> tuple[Array, Array]:
-    """Root mean square of every leaf, and the norm of them all, without overflow."""
-    wide = [x.astype(jnp.float32) for x in leaves]
-    unit = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in wide]))
-    unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1.0)
-    squares = jnp.stack([jnp.sum(jnp.square(x / unit)) for x in wide])
-    sizes = jnp.asarray([max(x.size, 1) for x in wide], jnp.float32)
-    return jnp.sqrt(squares / sizes) * unit, jnp.sqrt(jnp.sum(squares)) * unit
-
-
-def _row(
-    loss: Array, values: list[Array], grads: list[Array], updates: list[Array]
-) -> dict[str, Array]:
-    weights, _ = _norm_of(values)
-    gradient, gradient_norm = _norm_of(grads)
-    update, update_norm = _norm_of(updates)
-    cosines = [
-        jnp.vdot(
-            g.astype(jnp.float32) / jnp.maximum(gradient_norm, 1e-37),
-            u.astype(jnp.float32) / jnp.maximum(update_norm, 1e-37),
-        ).real
-        for g, u in zip(grads, updates, strict=True)
-    ]
-    return {
-        "loss": loss.astype(jnp.float32), "gradient_norm": gradient_norm,
-        "update_norm": update_norm, "alignment": -jnp.sum(jnp.stack(cosines)),
-        "weight_rms": weights, "gradient_rms": gradient, "update_rms": update,
-        "rounded_away": rounded_away(values, updates),
-    }  # fmt: skip
