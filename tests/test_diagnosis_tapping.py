@@ -39,6 +39,14 @@ def _branches(params, batch):
     return jnp.mean(jnp.square(h))
 
 
+def _loop_in_branch(params, batch):
+    def stages(h):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params[0])[0]
+
+    h = jax.lax.cond(jnp.sum(batch) > 1e9, stages, lambda h: h * 2, batch)
+    return jnp.mean(jnp.square(h @ params[1]))
+
+
 def _half(params, batch):
     half = [p.astype(jnp.bfloat16) for p in params]
     return _plain(half, batch.astype(jnp.bfloat16)).astype(jnp.float32)
@@ -49,6 +57,7 @@ CASES = {
     "tokens": (_plain, _weights((8, 16), (16, 16), (16, 4)), (6, 5, 8)),
     "scanned": (_scanned, _weights((5, 8, 8))[0], (32, 8)),
     "branches": (_branches, _weights((8, 8), (8, 8)), (32, 8)),
+    "loop in a branch": (_loop_in_branch, _weights((5, 8, 8), (8, 8)), (32, 8)),
     "bfloat16": (_half, _weights((8, 16), (16, 16), (16, 4)), (32, 8)),
     "huge": (_plain, [w * 1e25 for w in _weights((8, 16), (16, 4))], (32, 8)),
 }

@@ -38,9 +38,9 @@ def rank(finding: Finding) -> int | float:
 
     Data whose scale alone makes the loss infinite stand before the infinity.
     """
-    first, cured = (finding.evidence.get(k) for k in ("first_loss", "first_loss_standardized"))
-    known = finding.code == "data.unnormalized" and None not in (first, cured)
-    if known and not math.isfinite(first) and math.isfinite(cured):
+    first, cured = (finding.evidence.get(k, 0.0) for k in ("first_loss", "first_loss_standardized"))
+    broken = not math.isfinite(first) and math.isfinite(cured)
+    if finding.code == "data.unnormalized" and broken:
         return 1.5
     if finding.code == "attention.logit_growth" and finding.stage == "running":
         return len(_CHAIN)

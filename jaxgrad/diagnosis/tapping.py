@@ -158,7 +158,8 @@ def tap_inside(x: Array, slot: Slot) -> tuple[Array, Slot]:
 def blank_inside(slot: Slot) -> Slot:
     """What stands for a tensor that was not computed."""
     key, _ = _axis(slot)
-    return {"row": jnp.zeros(len(FORWARD)), key: jnp.zeros_like(slot[key])}
+    row = jnp.zeros((*slot["row"].shape[:-1], len(FORWARD)))
+    return {"row": row, key: jnp.zeros_like(slot[key])}
 
 
 def of_figures(record: dict[str, Any], back: dict[str, Any]) -> Tensor:
@@ -171,7 +172,7 @@ def of_figures(record: dict[str, Any], back: dict[str, Any]) -> Tensor:
 
 def slot_outside(lengths: tuple[int, ...], shape: tuple[int, ...], dtype: Any) -> Slot:
     """What takes the cotangent itself."""
-    return {"tensor": jnp.zeros((*lengths, *shape), dtype)}
+    return {"tensor": jnp.zeros((*lengths, *shape), dtype), "seen": jnp.zeros(lengths)}
 
 
 @jax.custom_vjp
@@ -186,26 +187,26 @@ def _carried_forward(x: Array, slot: Slot) -> tuple[Array, None]:
 
 
 def _carried_backward(_: None, cotangent: Array) -> tuple[Array, Slot]:
-    return cotangent, {"tensor": cotangent}
+    return cotangent, {"tensor": cotangent, "seen": jnp.ones(())}
 
 
 _ = _carried.defvjp(_carried_forward, _carried_backward)
 
 
-def tap_outside(x: Array, slot: Slot) -> tuple[Array, dict[str, Array]]:
+def tap_outside(x: Array, slot: Slot) -> tuple[Array, Slot]:
     """A tap that carries the tensor out of the program."""
-    record = {"tensor": jax.lax.stop_gradient(x), "seen": jnp.ones((), bool)}
+    record = {"tensor": jax.lax.stop_gradient(x), "seen": jnp.ones(())}
     return _carried(x, slot), record
 
 
-def blank_outside(slot: Slot) -> dict[str, Array]:
+def blank_outside(slot: Slot) -> Slot:
     """What stands for a tensor that was not computed."""
-    return {"tensor": jnp.zeros_like(slot["tensor"]), "seen": jnp.zeros((), bool)}
+    return jax.tree.map(jnp.zeros_like, slot)
 
 
 def of_tensors(record: dict[str, Any], back: dict[str, Any], axis: int, units: int) -> Tensor:
     """Measures what was carried out."""
-    seen = np.asarray(record["seen"])
+    seen = np.asarray(record["seen"]) > 0
     lengths, computed = seen.shape, seen.reshape(-1)
 
     def stacked(x: Any) -> np.ndarray:
