@@ -99,8 +99,11 @@ def test_what_is_measured_inside_and_on_the_host_is_the_same(name, monkeypatch):
             (tensor.units, other.units),
             (tensor.unit_gradients, other.unit_gradients),
         ):
-            size = np.max(np.abs(b), initial=0, where=np.isfinite(b))
-            np.testing.assert_allclose(a, b, rtol=10 * loose, atol=0.1 * loose * size)
+            finite = np.isfinite(b)  # inside, the square of a huge deviation overflows
+            size = np.max(np.abs(b), initial=0, where=finite)
+            np.testing.assert_allclose(
+                a[finite], b[finite], rtol=10 * loose, atol=0.1 * loose * size
+            )
 
 
 def test_gradients_are_those_of_the_loss_itself(monkeypatch):

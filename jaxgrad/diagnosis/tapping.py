@@ -210,8 +210,9 @@ def of_tensors(record: dict[str, Any], back: dict[str, Any], axis: int, units: i
     lengths, computed = seen.shape, seen.reshape(-1)
 
     def stacked(x: Any) -> np.ndarray:
+        # in double precision, as the mean of equal numbers has to be that number
         shape = np.shape(x)[len(lengths) :]
-        return np.asarray(x).astype(np.float32).reshape(computed.size, *shape)
+        return np.asarray(x).astype(np.float64).reshape(computed.size, *shape)
 
     with np.errstate(all="ignore"):  # what is not finite is counted, and not warned of
         x, cotangent = stacked(record["tensor"]), stacked(back["tensor"])
