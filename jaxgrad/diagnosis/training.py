@@ -100,7 +100,8 @@ class Trainer:
             self.reference if tx is None else optax.with_extra_args_support(_transformation(tx))
         )
         self.own = tx is not None
-        self._compiled = jax.jit(self._run)
+        self._compiled_begin = jax.jit(self._begin)
+        self._compiled_step = jax.jit(self._step, donate_argnums=0)
         self.stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *_arrays(problem.batches))
 
     def _batch(self, stack: PyTree, t: Array) -> PyTree:
@@ -116,49 +117,47 @@ class Trainer:
 
         return jax.value_and_grad(objective)(values)
 
-    def _run(self, values: list[Array], stack: PyTree, controls: dict[str, Array]) -> Any:
+    def _begin(self, values: list[Array]) -> Any:
+        tree = self.problem.tree(values)
+        states = self.tx.init(tree), self.reference.init(tree)
+        # strong types, which every step returns, and copies, as a step takes the buffers over
+        return jax.tree.map(_settled, (values, states, jnp.asarray(True)))
+
+    def _step(self, carry: Any, t: Array, stack: PyTree, controls: dict[str, Array]) -> Any:
         problem = self.problem
-        tree = problem.tree(values)
-        states = (self.tx.init(tree), self.reference.init(tree))
-
-        def step(carry: Any, t: Array) -> Any:
-            values, states, ok = carry
-            key = None if problem.key is None else jax.random.fold_in(problem.key, t)
-            batch = self._batch(stack, t)
-            loss, grads = self._grads(values, batch, key)
-            tree, gradient = problem.tree(values), problem.tree(grads)
-            extra = {
-                "value": loss, "grad": gradient,
-                "value_fn": lambda tree: problem.value(problem.flat(tree), batch, key),
-            }  # fmt: skip
-            own, own_state = self.tx.update(gradient, states[0], tree, **extra)
-            ref, ref_state = self.reference.update(gradient, states[1], tree)
-            chosen = controls["reference"]
-            ramp = jnp.minimum(1.0, (t + 1) / jnp.maximum(controls["warmup"], 1.0))
-            factor = controls["scale"] * ramp
-            updates = [
-                _wide(jnp.where(chosen > 0, b, a)) * factor * (1.0 if use else 0.0)
-                for a, b, use in zip(
-                    problem.flat(own), problem.flat(ref), problem.trainable, strict=True
-                )
-            ]
-            figures = step_figures(values, grads, updates)
-            good = ok & jnp.isfinite(loss) & figures.pop("finite")
-            moved = [
-                jnp.where(good, (p + u).astype(p.dtype), p)
-                for p, u in zip(values, updates, strict=True)
-            ]
-            figures |= {"loss": loss.astype(jnp.float32), "finite": jnp.isfinite(loss)}
-            return (moved, (own_state, ref_state), good), figures | {"good": good}
-
-        start = (values, states, jnp.asarray(True))
-        (values, _, _), rows = jax.lax.scan(step, start, jnp.arange(self.steps))
-        return values, rows
+        values, states, ok = carry
+        key = None if problem.key is None else jax.random.fold_in(problem.key, t)
+        batch = self._batch(stack, t)
+        loss, grads = self._grads(values, batch, key)
+        tree, gradient = problem.tree(values), problem.tree(grads)
+        extra = {
+            "value": loss, "grad": gradient,
+            "value_fn": lambda tree: problem.value(problem.flat(tree), batch, key),
+        }  # fmt: skip
+        own, own_state = self.tx.update(gradient, states[0], tree, **extra)
+        ref, ref_state = self.reference.update(gradient, states[1], tree)
+        ramp = jnp.minimum(1.0, (t + 1) / jnp.maximum(controls["warmup"], 1.0))
+        factor = controls["scale"] * ramp
+        updates = [
+            _wide(jnp.where(controls["reference"] > 0, b, a)) * factor * (1.0 if use else 0.0)
+            for a, b, use in zip(
+                problem.flat(own), problem.flat(ref), problem.trainable, strict=True
+            )
+        ]
+        figures = step_figures(values, grads, updates)
+        good = ok & jnp.isfinite(loss) & figures.pop("finite")
+        moved = [
+            jnp.where(good, (p + u).astype(p.dtype), p)
+            for p, u in zip(values, updates, strict=True)
+        ]
+        figures |= {"loss": loss.astype(jnp.float32), "finite": jnp.isfinite(loss)}
+        return (moved, (own_state, ref_state), good), figures | {"good": good}
 
     def check(self) -> None:
         """Traces the training, which raises what the optimizer raises."""
         controls = dict.fromkeys(("scale", "warmup", "reference"), jnp.float32(1))
-        _ = jax.eval_shape(self._run, list(self.problem.values), self.stack, controls)
+        carry = jax.eval_shape(self._begin, list(self.problem.values))
+        _ = jax.eval_shape(self._step, carry, jnp.int32(0), self.stack, controls)
 
     def run(
         self,
@@ -183,9 +182,14 @@ class Trainer:
             "warmup": jnp.float32(warmup),
             "reference": jnp.float32(reference),
         }
-        start = list(self.problem.values if values is None else values)
-        final, rows = self._compiled(start, self.stack if stack is None else stack, controls)
-        rows = jax.device_get(rows)
+        stack = self.stack if stack is None else stack
+        carry = self._compiled_begin(list(self.problem.values if values is None else values))
+        each = []
+        # no scan: in a loop of XLA's on a CPU, a convolution takes up to thirty times as long
+        for t in range(self.steps):
+            carry, figures = self._compiled_step(carry, np.int32(t), stack, controls)
+            each.append(figures)
+        rows = jax.tree.map(lambda *steps: np.stack(steps), *jax.device_get(each))
         good = np.asarray(rows["good"])
         stopped = None if good.all() else int(np.argmin(good))
         losses = np.where(good, np.asarray(rows["loss"], np.float64), np.nan)
@@ -193,8 +197,13 @@ class Trainer:
         return Run(
             losses, rows["gradient_norm"], rows["update_norm"], rows["alignment"],
             rows["weight_rms"], rows["gradient_rms"], rows["update_rms"], rows["rounded_away"],
-            final, stopped, finite,
+            carry[0], stopped, finite,
         )  # fmt: skip
+
+
+def _settled(x: Array) -> Array:
+    typed = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return jnp.copy(x) if typed else jax.lax.convert_element_type(jnp.copy(x), x.dtype)
 
 
 def _wide(x: Array) -> Array:
