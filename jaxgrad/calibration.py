@@ -106,7 +106,7 @@ def calibrate(  # noqa: PLR0913
     square of one instead. Embeddings of integers are left. Residual layers are left, too: with the
     skip path their mean squared singular value is above one whatever the weights; only if R of them
     explode (median gain to the power R above 100) each is brought to 1 + 1/R. A weight that several
-    layers share belongs to the first; weights stacked for a scan are scaled slice by slice.
+    layers share belongs to the first, and an embedding that is also the readout is left; weights stacked for a scan are scaled slice by slice.
 
     Args:
         loss: `loss(params, batch)`, or `loss(params, batch, key)` if `key` is given; a real scalar.
@@ -213,6 +213,10 @@ class _Sweep:
         if entry is not None:
             self.rows.append(self._fit(entry, reading.data, residual, True))
         start = reading.start
+        # what the first activation is made of is settled: scaled by a later layer that shares it (a
+        # tied embedding), it would change the input of every layer in between
+        made_of = (reading.weight_of.get(value) for value in start.constants)
+        self.owner |= {w: "start" for w in made_of if w is not None and w not in self.owner}
         state, _ = gain.run(start, self.constants(start), (), ())
         self.sides |= dict(zip(start.after, state, strict=True))
         for layer in reading.layers:

@@ -394,3 +394,29 @@ def test_every_test_model_is_calibrated_or_says_why_not():
     for name, error in refused.items():
         assert "NaN or infinite" in error or "no layer of the chain has a weight" in error, name
     assert len(refused) < 12, refused
+
+
+def test_a_tied_embedding_is_left_and_a_second_calibration_changes_nothing():
+    """Scaled by the readout, it would change the input that the layers before were fitted to."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    params = {
+        "embedding": jax.random.normal(keys[0], (30, 24)),
+        "w1": jax.random.normal(keys[1], (24, 24)),
+        "w2": jax.random.normal(keys[2], (24, 24)) / 50,
+    }
+    tokens = jax.random.randint(keys[3], (64,), 0, 30)
+
+    def loss(params, tokens):
+        h = jnp.tanh(params["embedding"][tokens] @ params["w1"])
+        h = jnp.tanh(h @ params["w2"])
+        logits = h @ params["embedding"].T
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(64), tokens])
+
+    once, report = jg.calibrate(loss, params, tokens, return_report=True)
+    np.testing.assert_array_equal(once["embedding"], params["embedding"])
+    assert [r.status for r in report.layers].count("scaled") == 2
+    assert [r.status for r in report.layers].count("tied") == 1
+    _, again = jg.calibrate(loss, once, tokens, return_report=True)
+    for first, second in zip(report.layers, again.layers, strict=True):
+        assert second.factor == pytest.approx(1.0, abs=2e-3)
+        assert second.before == pytest.approx(first.after, rel=5e-3)
