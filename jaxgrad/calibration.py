@@ -106,7 +106,8 @@ def calibrate(  # noqa: PLR0913
     square of one instead. Embeddings of integers are left. Residual layers are left, too: with the
     skip path their mean squared singular value is above one whatever the weights; only if R of them
     explode (median gain to the power R above 100) each is brought to 1 + 1/R. A weight that several
-    layers share belongs to the first, and an embedding that is also the readout is left; weights stacked for a scan are scaled slice by slice.
+    layers share belongs to the first, and an embedding that is also the readout is left; weights
+    stacked for a scan are scaled slice by slice.
 
     Args:
         loss: `loss(params, batch)`, or `loss(params, batch, key)` if `key` is given; a real scalar.
