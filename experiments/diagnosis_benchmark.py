@@ -28,7 +28,8 @@ NOTE = (
     "(seed 0) their rates were: cause 25 of 31, one crash, no false alarm on 26 healthy programs; "
     "then rules were mended. Programs of the part 'late' were written beside the rules for stalls "
     "and for updates that round away. All rates here are after that, on seeds that no rule was "
-    "changed for."
+    "changed for. 71 further faulty programs, after public code, met the rules later: 61 were "
+    "detected and 52 causes right at first contact, and 93 of 94 healthy ones were silent."
 )
 
 

@@ -36,6 +36,10 @@ class Evidence:
 class Certificate:
     """How far the singular values of a product can be trusted.
 
+    An estimate: of errors within a layer it counts rounding, not what a layer far from normal makes
+    of it later. The 24th power of a Jordan block at 0.5 in float32 is off by 1.8e-3 where 1e-4 is
+    estimated. Where such layers are repeated, compare with float64 or `log_singular_values_mp`.
+
     Attributes:
         error: Estimated absolute error of every natural log singular value, in their order. It is
             infinite where -inf stands for a value that fell below rounding, and 0 or so where the
