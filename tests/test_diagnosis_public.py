@@ -368,3 +368,28 @@ def test_a_run_that_recovers_from_a_bad_start_has_no_high_rate() -> None:
     loss = lambda p, b: net_.apply(p, b[0])  # noqa: E731
     assert primary(loss, params, batches, optax.adam(1e-3)) is None
     assert primary(loss, params, batches, optax.adam(0.3)) is not None
+
+
+def test_a_boundary_condition_that_is_met_is_no_penalty_that_dominates() -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = ((1, 32), (32, 32), (32, 1))
+    params = [
+        (jax.random.normal(k, s) / s[0] ** 0.5, jnp.zeros(s[1]))
+        for k, s in zip(keys, sizes, strict=True)
+    ]
+
+    def solution(params: Any, t: Any) -> Any:
+        h = t[None]
+        for w, b in params[:-1]:
+            h = jnp.tanh(h @ w + b)
+        return (h @ params[-1][0] + params[-1][1])[0]
+
+    def loss(params: Any, times: Any) -> Any:
+        def residual(t: Any) -> Any:
+            return jax.grad(solution, 1)(params, t) + solution(params, t) - jnp.cos(t)
+
+        start = solution(params, jnp.float32(0)) - 1
+        return jnp.mean(jax.vmap(residual)(times) ** 2) + 10 * start**2
+
+    times = 4 * jax.random.uniform(keys[0], (64,))
+    assert diagnose(loss, params, times, optimizer=optax.adam(2e-3)).primary is None
