@@ -392,4 +392,4 @@ def test_a_boundary_condition_that_is_met_is_no_penalty_that_dominates() -> None
         return jnp.mean(jax.vmap(residual)(times) ** 2) + 10 * start**2
 
     times = 4 * jax.random.uniform(keys[0], (64,))
-    assert diagnose(loss, params, times, optimizer=optax.adam(2e-3)).primary is None
+    assert jg.diagnose(loss, params, times, optimizer=optax.adam(2e-3)).primary is None
