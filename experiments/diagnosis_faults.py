@@ -171,32 +171,25 @@ def float16_overflow(seed: int) -> dict[str, Any]:
     return made | {"loss": loss}
 
 
-@program("gradient.blocked", where=("[1]",))
-def stopped(seed: int) -> dict[str, Any]:
-    made = digits_mlp(seed, adam())
-
+def _with_hidden_layer(seed: int, at: int, change: Any) -> dict[str, Any]:
     def loss(p: Any, b: Any) -> Any:
         x = b[0]
         for i, layer in enumerate(p[:-1]):
             x = jax.nn.relu(x @ layer["w"] + layer["b"])
-            x = jax.lax.stop_gradient(x) if i == 1 else x
+            x = change(x) if i == at else x
         return m.cross_entropy(x @ p[-1]["w"] + p[-1]["b"], b[1])
 
-    return made | {"loss": loss}
+    return digits_mlp(seed, adam()) | {"loss": loss}
+
+
+@program("gradient.blocked", where=("[1]",))
+def stopped(seed: int) -> dict[str, Any]:
+    return _with_hidden_layer(seed, 1, jax.lax.stop_gradient)
 
 
 @program("gradient.blocked", where=("[2]",))
 def rounded(seed: int) -> dict[str, Any]:
-    made = digits_mlp(seed, adam())
-
-    def loss(p: Any, b: Any) -> Any:
-        x = b[0]
-        for i, layer in enumerate(p[:-1]):
-            x = jax.nn.relu(x @ layer["w"] + layer["b"])
-            x = jnp.round(8 * x) / 8 if i == 2 else x
-        return m.cross_entropy(x @ p[-1]["w"] + p[-1]["b"], b[1])
-
-    return made | {"loss": loss}
+    return _with_hidden_layer(seed, 2, lambda x: jnp.round(8 * x) / 8)
 
 
 @program("gradient.nonfinite", where=("[1]",))

@@ -236,7 +236,6 @@ def _mapped(fun: Callable[[Array], Array], n: int, chunk: int) -> Array:
 def _direction(link: Link, n_in: int, n_out: int) -> bool:
     """Whether to push (True) or pull: what the layer allows, else the fewer."""
     can_push, can_pull = structure.directions(link.program)
-    found = structure.primitives_in(link.program)
     if not (can_push or can_pull):
         raise ValueError(
             f"layer {link.name!r} holds a while_loop, which has no reverse-mode derivative, and a "
@@ -245,7 +244,7 @@ def _direction(link: Link, n_in: int, n_out: int) -> bool:
         )
     if not (can_push and can_pull):
         return can_push
-    return n_in <= n_out or _may_be_structured(found)
+    return n_in <= n_out or _may_be_structured(structure.primitives_in(link.program))
 
 
 def _may_be_structured(found: set[str]) -> bool:

@@ -35,23 +35,24 @@ def tap(x: PyTree, name: str) -> PyTree:
     return checkpoint_name(x, name)
 
 
-def make_tap(measure: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
+def make_tap(measure: Callable[[Array], PyTree]) -> Callable[[Array, PyTree], Array]:
     """An identity `tap(x, slot)` whose gradient with respect to `slot` is `measure(gradient at x)`.
 
     Args:
-        measure: function of the cotangent; its result must have the slot's shape and dtype.
+        measure: function of the cotangent; its result must have the slot's structure, shapes
+            and dtypes.
     """
 
     @jax.custom_vjp
-    def gradient_tap(x: Array, slot: Array) -> Array:
+    def gradient_tap(x: Array, slot: PyTree) -> Array:
         del slot
         return x
 
-    def forward(x: Array, slot: Array) -> tuple[Array, None]:
+    def forward(x: Array, slot: PyTree) -> tuple[Array, None]:
         del slot
         return x, None
 
-    def backward(_: None, cotangent: Array) -> tuple[Array, Array]:
+    def backward(_: None, cotangent: Array) -> tuple[Array, PyTree]:
         return cotangent, measure(cotangent)
 
     _ = gradient_tap.defvjp(forward, backward)

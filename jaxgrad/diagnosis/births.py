@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxgrad.diagnosis.passes import tappable
-from jaxgrad.diagnosis.problem import Problem
+from jaxgrad.diagnosis.problem import Problem, arrays_of
 from jaxgrad.diagnosis.wiring import Wiring, inputs_for
 from jaxgrad.graph import rewrite
 from jaxgrad.graph.ir import Lit, Op, Ref, Value, is_real_dtype, value_inputs
+from jaxgrad.taps import make_tap
 
 _KINDS = 2  # counted of every value: NaN, infinities
 
@@ -41,13 +42,7 @@ def _bad(x: Array) -> Array:
     return jnp.stack([jnp.sum(jnp.isnan(x)), jnp.sum(jnp.isinf(x))]).astype(jnp.float32)
 
 
-@jax.custom_vjp
-def _counted(x: Array, slot: Array) -> Array:
-    del slot
-    return x
-
-
-_ = _counted.defvjp(lambda x, _: (x, None), lambda _, ct: (ct, _bad(ct)))
+_counted = make_tap(_bad)
 
 
 def births(
@@ -85,13 +80,9 @@ def births(
     (loss, forward), backward = jax.device_get(run(list(values), slots))
     made = {v: np.asarray(forward[i]) for v, i in index.items()}
     back = {v: _total(np.asarray(backward[i])) for v, i in index.items()}
-    made |= _given(wiring, [*values, *_arrays(batch)])
+    made |= _given(wiring, [*values, *arrays_of(batch)])
     first = None if np.isfinite(loss) else _first_forward(wiring, made)
     return first, _first_backward(wiring, {v: _total(m) for v, m in made.items()}, back)
-
-
-def _arrays(batch: PyTree) -> list[Array]:
-    return [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
 
 
 def _given(wiring: Wiring, arrays: list[Array]) -> dict[Value, np.ndarray]:

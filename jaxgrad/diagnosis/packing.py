@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxgrad.monitor.summary import moved_and_lost
+
 _WIDTH = 128
 
 
@@ -88,9 +90,7 @@ def _table(values: list[Array], grads: list[Array], updates: list[Array]) -> dic
         found[f"{key}_square"] = by_leaf("sum", jnp.sum(jnp.square(scaled[key]), axis=1))
         if key == "grad":
             found["grad_unit"] = jnp.where(jnp.isfinite(unit), safe, unit)
-    value, update = matrices["value"], matrices["update"]
-    moved = update != 0
-    lost = moved & ((value + update).astype(dtype).astype(wide) == value)
+    moved, lost = moved_and_lost(matrices["value"], matrices["update"], dtype)
     sums = {"dot": scaled["grad"] * scaled["update"], "moved": moved, "lost": lost}
     found |= {key: by_leaf("sum", jnp.sum(x, axis=1, dtype=wide)) for key, x in sums.items()}
     return {key: x.astype(jnp.float32) for key, x in found.items()}

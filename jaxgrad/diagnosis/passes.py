@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 
 from jaxgrad.diagnosis import tapping
 from jaxgrad.diagnosis.parts import Structure
-from jaxgrad.diagnosis.problem import Problem
+from jaxgrad.diagnosis.problem import Problem, arrays_of
 from jaxgrad.diagnosis.wiring import Wiring, inputs_for
 from jaxgrad.graph import rewrite, sites
 from jaxgrad.graph.ir import Lit, Ref, Value, is_real_dtype, value_inputs
@@ -135,8 +135,7 @@ class Instrument:
         """
         batch = self.problem.batch if batch is None else batch
         key = self.problem.key if key is None else key
-        arrays = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
-        out = self._compiled(list(values), arrays, key, jnp.float32(scale))
+        out = self._compiled(list(values), arrays_of(batch), key, jnp.float32(scale))
         loss, grads, records, back = jax.device_get(out)
         tensors = {v: self._tensor(v, records[i], back[i]) for v, i in self.index.items()}
         names, index = sites.rows(self.planned)

@@ -111,6 +111,11 @@ def make_problem(  # noqa: PLR0913 (the arguments of `diagnose`)
     return problem
 
 
+def arrays_of(batch: PyTree) -> list[Array]:
+    """What of a batch a compiled program takes as arguments, in the order of its leaves."""
+    return [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
+
+
 def _as_array(leaf: Any, numbers: bool) -> Any:
     if isinstance(leaf, np.ndarray | np.generic) or (isinstance(leaf, float) and numbers):
         return jnp.asarray(leaf)

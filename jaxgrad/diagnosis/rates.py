@@ -92,18 +92,19 @@ def _runs_out(run: Run) -> bool:
     """Whether the updates end, in the middle of the run, though the gradient does not."""
     if len(run.losses) < 16 or not run.update_norms.any():
         return False
-    quarter = len(run.losses) // 4
-    updates, gradients = (
-        float(np.median(x[-quarter:])) / max(float(np.max(x[:quarter])), 1e-37)
-        for x in (run.update_norms, run.gradient_norms)
-    )
+    updates, gradients = _left(run.update_norms), _left(run.gradient_norms)
     return updates < 1e-3 and updates < 1e-2 * gradients
+
+
+def _left(norms: np.ndarray) -> float:
+    """The last quarter of a run over the largest of the first."""
+    quarter = len(norms) // 4
+    return float(np.median(norms[-quarter:])) / max(float(np.max(norms[:quarter])), 1e-37)
 
 
 def _out_of_rate(evidence: Evidence, gained: float) -> Finding:
     run = evidence.main
-    quarter = len(run.losses) // 4
-    left = float(np.median(run.update_norms[-quarter:]) / np.max(run.update_norms[:quarter]))
+    left = _left(run.update_norms)
     return Finding(
         "lr.too_low", "error", "counterfactual", "optimizer",
         f"The updates come to an end at a loss of {run.last:.3g}: the last ones are {left:.1g} of "

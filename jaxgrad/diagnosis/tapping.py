@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxgrad.taps import make_tap
+
 FORWARD = (
     "rms", "mean", "max", "zero_share", "nonfinite", "example_share", "token_share",
     "beyond_tanh", "beyond_sigmoid",
@@ -175,22 +177,7 @@ def slot_outside(lengths: tuple[int, ...], shape: tuple[int, ...], dtype: Any) -
     return {"tensor": jnp.zeros((*lengths, *shape), dtype), "seen": jnp.zeros(lengths)}
 
 
-@jax.custom_vjp
-def _carried(x: Array, slot: Slot) -> Array:
-    del slot
-    return x
-
-
-def _carried_forward(x: Array, slot: Slot) -> tuple[Array, None]:
-    del slot
-    return x, None
-
-
-def _carried_backward(_: None, cotangent: Array) -> tuple[Array, Slot]:
-    return cotangent, {"tensor": cotangent, "seen": jnp.ones(())}
-
-
-_ = _carried.defvjp(_carried_forward, _carried_backward)
+_carried = make_tap(lambda cotangent: {"tensor": cotangent, "seen": jnp.ones(())})
 
 
 def tap_outside(x: Array, slot: Slot) -> tuple[Array, Slot]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.diagnosis import guess
 from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
@@ -23,19 +24,18 @@ def _penalty(evidence: Evidence) -> list[Finding]:
     penalties = evidence.structure.penalties
     if not penalties:
         return []
-    grads, value = _split(evidence, penalties)
+    grads = _gradient_of(evidence, penalties)
     data = [g - r for g, r in zip(evidence.initial.grads, grads, strict=True)]
     ratio = _norm(grads) / max(_norm(data), 1e-30)
     if ratio < 3 or evidence.is_trained:
         return []
-    run = evidence.main
-    if run.stopped is None and abs(run.last) < 0.1 * value:
+    run, without = evidence.main, guess.loss_of_zeros(evidence.problem, evidence.wiring, penalties)
+    if run.stopped is None and without is not None and abs(run.last) < 0.1 * without:
         return []  # both became small together: a condition that is met keeps nothing from learning
     return [_dominates(evidence, ratio, "the penalty in the loss")]
 
 
-def _split(evidence: Evidence, penalties: list[Value]) -> tuple[list[np.ndarray], float]:
-    """The penalties' share of the gradient, and the loss without them."""
+def _gradient_of(evidence: Evidence, penalties: list[Value]) -> list[np.ndarray]:
     from jaxgrad.diagnosis.passes import inputs_for, tappable
     from jaxgrad.graph import rewrite
 
@@ -49,15 +49,8 @@ def _split(evidence: Evidence, penalties: list[Value]) -> tuple[list[np.ndarray]
         out, _ = tapped.run(wiring.block, inputs_for(problem, values, problem.batch), slots)
         return out[0]
 
-    without = rewrite.Tapped(wiring.table, taps, lambda x, _: (jnp.zeros_like(x), x), None)
-
-    def value(values: list[jax.Array]) -> jax.Array:
-        args = inputs_for(problem, values, problem.batch)
-        return without.run(wiring.block, args, slots)[0][0]
-
-    both = jax.jit(lambda values: (jax.grad(data_only)(values), value(values)))
-    data, rest = jax.device_get(both(problem.values))
-    return [g - d for g, d in zip(evidence.initial.grads, data, strict=True)], float(rest)
+    data = jax.device_get(jax.jit(jax.grad(data_only))(problem.values))
+    return [g - d for g, d in zip(evidence.initial.grads, data, strict=True)]
 
 
 def _norm(leaves: list[np.ndarray]) -> float:

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxgrad.diagnosis.packing import step_figures
-from jaxgrad.diagnosis.problem import Problem
+from jaxgrad.diagnosis.problem import Problem, arrays_of
 
 REFERENCE_RATE = 1e-3
 
@@ -102,7 +102,9 @@ class Trainer:
         self.own = tx is not None
         self._compiled_begin = jax.jit(self._begin)
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
-        self.stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *_arrays(problem.batches))
+        self.stack = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *map(arrays_of, problem.batches)
+        )
 
     def _batch(self, stack: PyTree, t: Array) -> PyTree:
         count = len(self.problem.batches)
@@ -226,10 +228,6 @@ def _accepting(tx: Any) -> Any:
         return tx.update(grads, state, params)
 
     return update
-
-
-def _arrays(batches: Sequence[PyTree]) -> list[list[Array]]:
-    return [[x for x in jax.tree.leaves(b) if isinstance(x, jax.Array)] for b in batches]
 
 
 def _with_arrays(batch: PyTree, arrays: list[Array]) -> PyTree:

@@ -88,12 +88,22 @@ def rounded_away(values: Sequence[Array], updates: Sequence[Array]) -> Array:
     """
     shares = []
     for value, update in zip(values, updates, strict=True):
-        moves = update != 0
         wide = jnp.promote_types(jnp.promote_types(value.dtype, update.dtype), jnp.float32)
-        summed = (value.astype(wide) + update.astype(wide)).astype(value.dtype)
-        lost = jnp.sum(moves & (summed == value)) / jnp.maximum(jnp.sum(moves), 1)
-        shares.append(lost.astype(jnp.float32))
+        moved, lost = moved_and_lost(value.astype(wide), update.astype(wide), value.dtype)
+        shares.append((jnp.sum(lost) / jnp.maximum(jnp.sum(moved), 1)).astype(jnp.float32))
     return jnp.stack(shares) if shares else jnp.zeros(0, jnp.float32)
+
+
+def moved_and_lost(value: Array, update: Array, dtype: Any) -> tuple[Array, Array]:
+    """Where an update is not zero, and where it is and does not change the parameter.
+
+    Args:
+        value: the parameter, in a type that holds it and the update.
+        update: what is added, in that type.
+        dtype: that the parameter is kept in.
+    """
+    moved = update != 0
+    return moved, moved & ((value + update).astype(dtype).astype(value.dtype) == value)
 
 
 def exponents(leaves: Sequence[Array]) -> Array:

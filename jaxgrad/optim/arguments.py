@@ -3,6 +3,7 @@
 What is only known inside jit passes here; clips turn a bad threshold into NaN there.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,10 +31,7 @@ def check_nonnegative(**values: Any) -> None:
     Raises:
         ValueError: naming the argument and the value.
     """
-    for name, value in values.items():
-        number = concrete(value)
-        if number is not None and not number >= 0:
-            raise ValueError(f"{name}: expected a number >= 0, got {number}")
+    _check_each(values, lambda number: number >= 0, "a number >= 0")
 
 
 def check_decay(**values: Any) -> None:
@@ -45,13 +43,17 @@ def check_decay(**values: Any) -> None:
     Raises:
         ValueError: naming the argument and the value.
     """
+    advice = "; in bfloat16 0.999 rounds to 1: give it as a Python float or in float32"
+    _check_each(values, lambda number: 0 <= number < 1, "a decay rate in [0, 1)", advice)
+
+
+def _check_each(
+    values: dict[str, Any], fits: Callable[[float], bool], expected: str, advice: str = ""
+) -> None:
     for name, value in values.items():
         number = concrete(value)
-        if number is not None and not 0 <= number < 1:
-            raise ValueError(
-                f"{name}: expected a decay rate in [0, 1), got {number}; in bfloat16 0.999 rounds "
-                "to 1: give it as a Python float or in float32"
-            )
+        if number is not None and not fits(number):
+            raise ValueError(f"{name}: expected {expected}, got {number}{advice}")
 
 
 def check_rate(learning_rate: Any) -> None:
