@@ -109,6 +109,35 @@ def test_the_certificate_bounds_the_error_even_where_it_is_large(dtype, x64):
     assert worst < 1
 
 
+@jax.jit
+def spectrum_layer_by_layer(stack):
+    start = Graded.identity(N, dtype=stack.dtype)
+    return jax.lax.scan(lambda p, m: (p.left_multiply(m), None), start, stack)[0].spectrum()
+
+
+@pytest.mark.parametrize("by", [spectrum, spectrum_layer_by_layer])
+@pytest.mark.parametrize("depth", [12, 24, 48, DEPTH])
+def test_repeated_layers_far_from_normal_are_vouched_for_only_as_far_as_they_are_right(by, depth):
+    """Powers of Jordan blocks make of a rounding error what no sum of rounding errors shows."""
+    worst, wrong, vouched = 0, 0, 0
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        block = rng.uniform(0.3, 1) * np.eye(N) + np.diag(rng.uniform(0.2, 1, N - 1), 1)
+        block = block.astype(np.float32)
+        expected = reference.log_singular_values([block.astype(float)] * depth)
+        stack = [block] * depth + [np.eye(N, dtype=np.float32)] * (DEPTH - depth)
+        result = by(jnp.asarray(np.stack(stack)))
+        error = np.abs(np.asarray(result.log(), float) - expected)
+        error -= np.finfo(np.float32).eps * np.abs(expected)
+        worst = max(worst, np.max(error / np.asarray(result.certificate.error)))
+        trusted = np.asarray(result.certificate.trusted)
+        wrong = max(wrong, np.max(error, where=trusted, initial=0))
+        vouched += np.sum(trusted)
+    assert worst < 3  # of a bound that is ten estimated standard deviations
+    assert wrong < BARS["float32"]
+    assert vouched >= {12: 3 * N, 24: 2 * N, 48: 3, DEPTH: 1}[depth]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_chain_and_then_its_inverses_raise_the_certificate(dtype, x64):
     """The modes separate by more than 1/eps and come back: no double can know the answer."""
@@ -173,6 +202,24 @@ def hadamard_zigzag(rng, depth):
     powers = np.sort(rng.integers(-6, 4, (depth, 4)), axis=-1)[:, ::-1]
     stack = [b @ np.diag(2.0**k) @ a.T for a, b, k in zip(bases, bases[1:], powers, strict=False)]
     return np.stack(stack), np.sort(powers.sum(0))[::-1]
+
+
+def test_rows_of_very_different_sizes_stay_apart_over_many_layers(x64):
+    """Pivoting must find a column's remainder under the rounding errors of rows 1e20 times larger.
+
+    Gaussian layers, whose row i is scaled by exp(-i).
+    """
+    count, depth = 48, 20
+    rng = np.random.default_rng(1)
+    stack = rng.standard_normal((depth, count, count)) / np.sqrt(count)
+    stack = (np.exp(-np.arange(count))[:, None] * stack).astype(np.float32)
+    compute = jax.jit(lambda s: graded_product(s).spectrum())
+    found, exact = compute(jnp.asarray(stack)), compute(jnp.asarray(stack.astype(np.float64)))
+    assert np.all(exact.certificate.error < 1e-4)
+    error = np.abs(np.asarray(found.log(), np.float64) - np.asarray(exact.log()))
+    assert np.max(error) < 0.02  # over 960 nats
+    assert np.all(error < 3 * found.certificate.error + 1e-4)
+    assert np.all(error[np.asarray(found.certificate.trusted)] < BARS["float32"])
 
 
 def test_dense_layers_with_known_singular_values_keep_them_over_hundreds_of_layers(x64):

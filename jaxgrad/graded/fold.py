@@ -96,11 +96,14 @@ def multiplied_by_stack(product: Graded, matrices: Float[Array, "length *batch n
     def advance(run: _Run) -> _Run:
         length = jnp.minimum(run.length, total - run.position)
 
-        def push(index, pending):
-            matrix = jax.lax.dynamic_index_in_dim(matrices, run.position + index, keepdims=False)
-            return pending.pushed(matrix)
+        def matrix(index):
+            return jax.lax.dynamic_index_in_dim(matrices, run.position + index, keepdims=False)
 
-        pending = jax.lax.fori_loop(0, length, push, Pending.of(run.product))
+        def push(index, pending):
+            return pending.pushed(matrix(index), first=False)
+
+        pending = Pending.of(run.product).pushed(matrix(0))
+        pending = jax.lax.fori_loop(1, length, push, pending)
         product, loss = pending.settled(repair=length == 1)
         used = jnp.log(jnp.maximum(jnp.max(loss) * math.exp(room) / _BUDGET[product.dtype.name], 1))
         accepted = (length == 1) | (used <= room)

@@ -19,6 +19,9 @@ from jaxgrad.graded import scale
 _LARGEST_COUPLING = 16.0
 # A remainder smaller than this many times its own rounding error is zero.
 _ZERO_BELOW = 4.0
+# A rounding error in units of eps, about; Householder's method adds one of the matrix' entries.
+_ROUNDING = 0.5
+_LIFT = 2.0**40
 # How often the zeros are told apart anew, given the zeros of the rows before.
 _ZERO_PASSES = 3
 
@@ -27,6 +30,8 @@ class GradedQR(NamedTuple):
     """`C diag(d) = left diag(d') unit P^T`, with `P` the order of the columns."""
 
     left: Float[Array, "*batch m s"]  # orthonormal columns; zero where d' is
+    triangle: Float[Array, "*batch s r"]  # of C P, zero where d' is
+    spread: Float[Array, "*batch m r"]  # rounding errors of C P and of this QR, in units of eps
     mantissa: Float[Array, "*batch s"]
     exponent: Int[Array, "*batch s"]
     unit: Float[Array, "*batch s r"]  # unit upper triangular, entries of order one
@@ -48,6 +53,7 @@ class Columns(NamedTuple):
     exponent: Int[Array, "*batch r"]
     rows: Float[Array, "*batch m"]
     noise: Float[Array, "*batch r"]
+    spread: Float[Array, "*batch m r"]  # the same entry by entry, where it is known
 
 
 def graded_qr(columns: Columns, repair: bool | Bool[Array, ""] = True) -> GradedQR:
@@ -59,15 +65,22 @@ def graded_qr(columns: Columns, repair: bool | Bool[Array, ""] = True) -> Graded
     """
     if 0 in columns.values.shape[-2:]:
         return _empty_qr(columns)
-    columns = _with_normalized_columns(columns)
-    return GradedQR(*_pivoted_qr(*columns, jnp.asarray(repair)))
+    normalized = _with_normalized_columns(columns)
+    qr = _pivoted_qr(normalized, jnp.asarray(repair))
+    shift = jnp.take_along_axis(normalized.exponent - columns.exponent, qr.order, axis=-1)
+    return qr._replace(
+        triangle=scale.shifted(qr.triangle, shift[..., None, :]),
+        spread=scale.shifted(qr.spread, shift[..., None, :]),
+    )
 
 
 def row_scales(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m"]:
-    """Norms of the rows, over the norm of the matrix."""
-    squares = jnp.sum(matrix**2, axis=-1)
-    total = jnp.sum(squares, axis=-1, keepdims=True)
-    return jnp.sqrt(squares / jnp.where(total == 0, 1, total))
+    """Norms of the rows, over the norm of the matrix; squares of small rows would underflow."""
+    largest = jnp.max(jnp.abs(matrix), axis=-1, initial=0)
+    unit = matrix / jnp.where(largest == 0, 1, largest)[..., None]
+    norms = largest * jnp.sqrt(jnp.sum(unit**2, axis=-1))
+    total = jnp.linalg.norm(norms, axis=-1, keepdims=True)
+    return norms / jnp.where(total == 0, 1, total)
 
 
 def _empty_qr(columns: Columns) -> GradedQR:
@@ -75,6 +88,8 @@ def _empty_qr(columns: Columns) -> GradedQR:
     none = jnp.zeros((*batch, 0), columns.values.dtype)
     return GradedQR(
         left=jnp.zeros((*batch, height, 0), none.dtype),
+        triangle=jnp.zeros((*batch, 0, width), none.dtype),
+        spread=columns.spread,
         mantissa=none,
         exponent=none.astype(jnp.int32),
         unit=jnp.zeros((*batch, 0, width), none.dtype),
@@ -92,46 +107,41 @@ def _with_normalized_columns(columns: Columns) -> Columns:
         values=scale.shifted(columns.values, -shift[..., None, :]),
         exponent=columns.exponent + shift,
         noise=scale.shifted(columns.noise, -shift),
+        spread=scale.shifted(columns.spread, -shift[..., None, :]),
     )
 
 
 @custom_vmap
-def _pivoted_qr(values, mantissa, exponent, rows, noise, repair):
+def _pivoted_qr(columns, repair):
     """See `graded_qr`. A batch shares one decision, so that the slow path is a real branch."""
-    columns = Columns(values, mantissa, exponent, rows, noise)
-    norms = jnp.linalg.norm(values, axis=-2)
-    top = jnp.max(exponent, axis=-1, keepdims=True)
-    score = jnp.log2(norms) + scale.log2_of(mantissa, exponent - top)
+    norms = jnp.linalg.norm(columns.values, axis=-2)
+    top = jnp.max(columns.exponent, axis=-1, keepdims=True)
+    score = jnp.log2(norms) + scale.log2_of(columns.mantissa, columns.exponent - top)
     order = jnp.argsort(-score, axis=-1)
+
     result = _qr_in_order(columns, order)
 
     def repaired(_):
-        mended = _qr_in_order(columns, _pivot_order(columns, top))
-        return mended._replace(wrong=jnp.zeros_like(mended.wrong))
+        return _qr_in_order(columns, _pivot_order(columns, top))
 
     needed = jnp.any(result.wrong) & jnp.any(repair)
-    return tuple(jax.lax.cond(needed, repaired, lambda kept: kept, result))
+    return jax.lax.cond(needed, repaired, lambda kept: kept, result)
 
 
 @_pivoted_qr.def_vmap
 def _pivoted_qr_of_batch(axis_size, in_batched, *arguments):
-    arguments = [
-        argument if batched else jnp.broadcast_to(argument, (axis_size, *jnp.shape(argument)))
-        for argument, batched in zip(arguments, in_batched, strict=True)
-    ]
-    results = _pivoted_qr(*arguments)
-    return results, (True,) * len(results)
+    def spread(argument, batched):
+        return (
+            argument if batched else jnp.broadcast_to(argument, (axis_size, *jnp.shape(argument)))
+        )
+
+    result = _pivoted_qr(*jax.tree.map(spread, arguments, tuple(in_batched)))
+    return result, jax.tree.map(lambda _: True, result)
 
 
 def _qr_in_order(columns: Columns, order) -> GradedQR:
     """QR with the columns in a given order."""
-    columns = Columns(
-        jnp.take_along_axis(columns.values, order[..., None, :], axis=-1),
-        jnp.take_along_axis(columns.mantissa, order, axis=-1),
-        jnp.take_along_axis(columns.exponent, order, axis=-1),
-        columns.rows,
-        jnp.take_along_axis(columns.noise, order, axis=-1),
-    )
+    columns = _in_order(columns, order)
     left, triangle = _qr_with_sorted_rows(columns.values)
     count = triangle.shape[-2]
     diagonal = jnp.diagonal(triangle, axis1=-2, axis2=-1)
@@ -143,10 +153,34 @@ def _qr_in_order(columns: Columns, order) -> GradedQR:
         jnp.where(zero, 0, jnp.abs(diagonal) * columns.mantissa[..., :count]),
         columns.exponent[..., :count],
     )
-    left = jnp.where(zero[..., None, :], 0, left * jnp.where(diagonal < 0, -1, 1)[..., None, :])
+    sign = jnp.where(zero, 0, jnp.where(diagonal < 0, -1, 1))
+    left, triangle = left * sign[..., None, :], triangle * sign[..., None]
     wrong = stray | (coupling > _LARGEST_COUPLING)
     error = jnp.where(zero, 0, error)
-    return GradedQR(left, mantissa, exponent, unit, order, error, zero & ~was_zero, wrong)
+    own = (
+        row_scales(columns.values)[..., None]
+        * jnp.linalg.norm(columns.values, axis=-2)[..., None, :]
+    )
+    spread = _ROUNDING * jnp.sqrt(columns.spread**2 + own**2)
+    died = zero & ~was_zero
+    return GradedQR(left, triangle, spread, mantissa, exponent, unit, order, error, died, wrong)
+
+
+def _in_order(columns: Columns, order) -> Columns:
+    def taken(values):
+        return jnp.take_along_axis(values, order, axis=-1)
+
+    def columns_of(matrix):
+        return jnp.take_along_axis(matrix, order[..., None, :], axis=-1)
+
+    return Columns(
+        columns_of(columns.values),
+        taken(columns.mantissa),
+        taken(columns.exponent),
+        columns.rows,
+        taken(columns.noise),
+        columns_of(columns.spread),
+    )
 
 
 def _qr_with_sorted_rows(matrix):
@@ -161,6 +195,12 @@ def _qr_with_sorted_rows(matrix):
     return jnp.take_along_axis(q, back[..., None], axis=-2), r
 
 
+def _row_weights(left, rows):
+    """The size of the rows that every column of `left` lives on; lifted, as squares underflow."""
+    squares = jnp.einsum("...ik,...i->...k", left**2, (_LIFT * rows) ** 2)
+    return jnp.sqrt(squares) / _LIFT
+
+
 def _rounding(columns: Columns, left, triangle):
     """Which diagonal entries are zero to rounding, the error of the others, and stray content.
 
@@ -170,7 +210,7 @@ def _rounding(columns: Columns, left, triangle):
     count, height = triangle.shape[-2], left.shape[-2]
     eps = jnp.finfo(triangle.dtype).eps
     diagonal = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
-    weight = jnp.sqrt(jnp.einsum("...ik,...i->...k", left**2, columns.rows**2))
+    weight = _row_weights(left, columns.rows)
     own = columns.noise**2 + jnp.sum(columns.values**2, axis=-2)
     remaining = jnp.sqrt(jnp.arange(height, height - count, -1).astype(triangle.dtype))
     strict = jnp.triu(jnp.ones(triangle.shape[-2:], bool), 1)
@@ -213,7 +253,11 @@ def _unit_triangle(columns: Columns, triangle, zero):
 
 
 def _pivot_order(columns: Columns, top) -> Int[Array, "*batch r"]:
-    """The order in which true column pivoting takes the columns: the largest remainder next."""
+    """The order in which true column pivoting takes the columns: the largest remainder next.
+
+    By Householder reflections that bring the largest entry of the column up: rounding errors of
+    large rows then stay out of small ones (A. Cox, N. Higham 1998), deep into a graded matrix.
+    """
     height, width = columns.values.shape[-2:]
     count = min(height, width)
     eps = jnp.finfo(columns.values.dtype).eps
@@ -221,21 +265,38 @@ def _pivot_order(columns: Columns, top) -> Int[Array, "*batch r"]:
     squares = columns.noise**2 + jnp.sum(columns.values**2, axis=-2)
 
     def step(index, state):
-        remainder, position = state
-        norms = jnp.sum(remainder**2, axis=-2)
-        weighted = jnp.einsum("...ij,...i->...j", remainder**2, columns.rows**2)
-        floor = (_ZERO_BELOW * eps) ** 2 * (height - index) * squares
-        independent = (norms**2 > floor * weighted) & (norms > 0)
-        score = jnp.where(independent, level + 0.5 * jnp.log2(norms), -jnp.inf)
+        rest, rows, position = state
+        below = jnp.arange(height)[:, None] >= index
+        largest = jnp.max(jnp.abs(jnp.where(below, rest, 0)), axis=-2)
+        unit = jnp.where(below, rest, 0) / jnp.where(largest == 0, 1, largest)[..., None, :]
+        norms = jnp.linalg.norm(unit, axis=-2)
+        weighted = jnp.linalg.norm(unit * rows[..., None], axis=-2)
+        floor = _ZERO_BELOW * eps * jnp.sqrt((height - index) * squares)
+        independent = (largest * norms**2 > floor * weighted) & (norms > 0)
+        score = jnp.where(independent, level + jnp.log2(norms) + jnp.log2(largest), -jnp.inf)
         score = jnp.where(position < width, -jnp.inf, jnp.maximum(score, -1e30))
         pick = jnp.argmax(score, axis=-1)[..., None]
-        norm = jnp.sqrt(jnp.take_along_axis(norms, pick, axis=-1))
-        column = jnp.take_along_axis(remainder, pick[..., None, :], axis=-1)[..., 0]
-        direction = column / jnp.where(norm == 0, 1, norm)
-        along = jnp.einsum("...i,...ij->...j", direction, remainder, precision="highest")
-        remainder = remainder - direction[..., None] * along[..., None, :]
-        return remainder, jnp.where(jnp.arange(width) == pick, index, position)
+        column = jnp.take_along_axis(unit, pick[..., None, :], axis=-1)[..., 0]
+        rest, rows = _eliminated(rest, rows, column, index)
+        return rest, rows, jnp.where(jnp.arange(width) == pick, index, position)
 
     unpicked = jnp.broadcast_to(width + jnp.arange(width), columns.mantissa.shape)
-    _, position = jax.lax.fori_loop(0, count, step, (columns.values, unpicked))
+    start = columns.values, columns.rows, unpicked
+    *_, position = jax.lax.fori_loop(0, count, step, start)
     return jnp.argsort(position, axis=-1)
+
+
+def _eliminated(rest, rows, column, index):
+    """The row of the column's largest entry swapped up to `index`, and the rows below reflected."""
+    here = jnp.arange(column.shape[-1])
+    chosen = jnp.argmax(jnp.abs(column), axis=-1)[..., None]
+    swap = jnp.where(here == index, chosen, jnp.where(here == chosen, index, here))
+    column, rows = (jnp.take_along_axis(values, swap, axis=-1) for values in (column, rows))
+    rest = jnp.take_along_axis(rest, swap[..., None], axis=-2)
+    norm = jnp.linalg.norm(column, axis=-1, keepdims=True)
+    head = jnp.where(jnp.sum(jnp.where(here == index, column, 0), -1, keepdims=True) < 0, -1, 1)
+    mirror = column + jnp.where(here == index, head * norm, 0)
+    squares = jnp.sum(mirror**2, axis=-1, keepdims=True)
+    mirror = mirror * jnp.sqrt(2 / jnp.where(squares == 0, 1, squares))
+    along = jnp.einsum("...i,...ij->...j", mirror, rest, precision="highest")
+    return rest - mirror[..., None] * along[..., None, :], rows

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrad.graded import scale
+from jaxgrad.graded.drift import inherited, no_drift
 from jaxgrad.graded.pivoting import Columns, graded_qr, row_scales
 from jaxgrad.graded.spectrum import (
     TOLERANCE,
@@ -22,6 +23,7 @@ from jaxgrad.graded.spectrum import (
     Evidence,
     Spectrum,
     after,
+    of_transposed,
     spectrum_of,
     transposed,
 )
@@ -66,7 +68,9 @@ class Graded:
         eye = jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*batch_shape, n, n))
         half = jnp.full((*batch_shape, n), 0.5, dtype)
         zero = jnp.zeros((*batch_shape, n), dtype)
-        evidence = Evidence(jnp.zeros_like(eye), zero, zero)
+        layers = jnp.zeros(batch_shape, jnp.int32)
+        drift = no_drift(batch_shape, n, dtype)
+        evidence = Evidence(jnp.zeros_like(eye), zero, zero, drift, layers)
         return Graded(eye, half, jnp.ones(half.shape, jnp.int32), eye, evidence)
 
     @staticmethod
@@ -91,7 +95,8 @@ class Graded:
     @property
     def T(self) -> "Graded":
         """The transposed product."""
-        return replace(self, left=transposed(self.right), right=transposed(self.left))
+        left, right = transposed(self.right), transposed(self.left)
+        return replace(self, left=left, right=right, evidence=of_transposed(self.evidence))
 
     def left_multiply(self, matrix: Float[ArrayLike, "..."]) -> "Graded":
         """`matrix @ self`: one more layer at the output end.
@@ -123,14 +128,15 @@ class Graded:
         product = other.left_multiply(self.right)
         product = _left_multiplied_by_scales(product, self.mantissa, self.exponent)
         product = product.left_multiply(self.left)
-        inherited = jnp.max(self.evidence.overtaken, axis=-1, initial=0)[..., None]
+        overtaken = jnp.max(self.evidence.overtaken, axis=-1, initial=0)[..., None]
         known = jnp.where(self.mantissa == 0, 0, self.evidence.variance)
         variance = jnp.max(known, axis=-1, initial=0)[..., None]
         evidence = product.evidence
         evidence = replace(
             evidence,
-            overtaken=jnp.maximum(evidence.overtaken, inherited),
+            overtaken=jnp.maximum(evidence.overtaken, overtaken),
             variance=evidence.variance + variance,
+            drift=inherited(evidence.drift, product.left, self.evidence.drift, self.left),
         )
         return replace(product, evidence=evidence)
 
@@ -214,12 +220,18 @@ class Pending:
         """Nothing is pending."""
         noise = jnp.zeros_like(product.mantissa)
         rows = row_scales(product.left)
-        columns = Columns(product.left, product.mantissa, product.exponent, rows, noise)
+        spread = jnp.zeros_like(product.left)
+        columns = Columns(product.left, product.mantissa, product.exponent, rows, noise, spread)
         most = jnp.full(product.mantissa.shape[:-1], product.mantissa.shape[-1], jnp.int32)
         return Pending(columns, product.right, product.evidence, most)
 
-    def pushed(self, matrix: Float[ArrayLike, "..."]) -> "Pending":
-        """One more layer, as a plain product."""
+    def pushed(self, matrix: Float[ArrayLike, "..."], first: bool = True) -> "Pending":
+        """One more layer, as a plain product.
+
+        Args:
+            matrix: (n, n_out) or (batch..., n, n_out).
+            first: Whether nothing is pending; the errors are then known entry by entry.
+        """
         matrix = jnp.asarray(matrix)
         old = self.columns
         batch, height = old.values.shape[:-2], old.values.shape[-2]
@@ -243,9 +255,14 @@ class Pending:
         gain = jnp.sum(inner, axis=-1, keepdims=True) / max(height, 1)
         mantissa = jnp.where(finite[..., None], old.mantissa, jnp.nan)
         noise = jnp.sqrt(gain * old.noise**2 + fresh)
-        columns = Columns(
-            values, mantissa, old.exponent + shift[..., None], row_scales(matrix), noise
-        )
+        rows = row_scales(matrix)
+        if first:
+            sizes = jnp.where(rows == 0, 1, rows)[..., None]
+            spread = sizes * jnp.sqrt(jnp.matmul((matrix / sizes) ** 2, old.values**2))
+        else:
+            spread = rows[..., None] * noise[..., None, :]
+        exponent = old.exponent + shift[..., None]
+        columns = Columns(values, mantissa, exponent, rows, noise, spread)
         return replace(self, columns=columns, most=most)
 
     def settled(
