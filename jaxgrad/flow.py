@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxgrad import statistics, taps
+from jaxgrad import flow_rows, statistics, taps
 from jaxgrad.graph import arguments, capture, names, reading, rewrite, sites
 from jaxgrad.graph.ir import is_real_dtype
 
@@ -25,7 +25,9 @@ _FLOW_ARRAYS = (
     "gradient_below_float16", "gradient_below_bfloat16",
     "gradient_reached", "weight_rms", "weight_gradient_rms", "weight_gradient_nonfinite",
 )  # fmt: skip
-_FLOW_FACTS = ("names", "parameter_names", "site_parameters", "opaque", "uncovered")
+_FLOW_FACTS = (
+    "names", "parameter_names", "site_parameters", "opaque", "uncovered", "summarized",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ class Flow:
     """What one forward and backward pass did, layer by layer; a pytree.
 
     A row is a layer's output: its activation, and the gradient of the loss with respect to it. Rows
-    are in forward order; a layer inside a scan has a row an iteration. Arrays have shape
-    `(len(names),)` (leading axes are added by `vmap`) and are float32, float64 only if a tapped
-    tensor is. A row in a branch of a `cond` that was not taken holds NaN in its statistics and 0 in
-    its counts; where JAX stops at NaNs (`jax_debug_nans`, when traced) it holds -1 instead, which
-    no root mean square, maximum or share can be.
+    are in forward order; a layer inside a scan has a row an iteration (in nested scans that run it
+    more than 128 times the iterations of whole scans share a row, see `summarized`). Arrays have
+    shape `(len(names),)` (leading axes are added by `vmap`) and are float32, float64 only if a
+    tapped tensor is; of complex tensors the magnitudes are measured. A row in a branch of a `cond`
+    that was not taken holds NaN in its statistics and 0 in its counts; where JAX stops at NaNs
+    (`jax_debug_nans`, when traced) it holds -1 instead, which no root mean square, maximum or share
+    can be.
 
     A loss may take derivatives itself: a gradient penalty, an inner training step, a PINN's u_x.
     Rows are the activations of its forward passes outside of them, the one with the updated
@@ -64,6 +68,8 @@ class Flow:
         site_parameters: for each row, the names of the parameter leaves of its layer.
         opaque: operations that were run but not looked into.
         uncovered: parameter leaves whose layer has no row.
+        summarized: layers in nested loops that ran so often that a row holds the iterations of
+            whole loops together, as one tensor.
     """
 
     # Arrays, but also whatever jax.tree.map puts in their place: not checked at run time.
@@ -86,6 +92,7 @@ class Flow:
     site_parameters: tuple[tuple[str, ...], ...] = field(metadata={"static": True})
     opaque: tuple[str, ...] = field(metadata={"static": True})
     uncovered: tuple[str, ...] = field(metadata={"static": True})
+    summarized: tuple[str, ...] = field(default=(), metadata={"static": True})
 
     @property
     def nonfinite(self) -> Array:
@@ -195,7 +202,8 @@ class _Program:
             if position in split.names and _is_weight(split.leaves[position])
         }
         self.labels = names.label(block, table, parameters)
-        self.sites = sites.plan_sites(block, table, self.labels)
+        self.sites = sites.plan_sites(block, table, self.labels, also_complex=True)
+        self.table = flow_rows.Table.of(self.sites)
         self.parameters = parameters
 
     def run(self) -> tuple[Any, Any, Flow, list[Any]]:
@@ -228,9 +236,8 @@ class _Program:
         return jax.tree.unflatten(self.aux_tree, leaves)
 
     def _flow(self, records: dict[int, Any], slot_grads: dict[int, Any], grads: list[Any]) -> Flow:
-        row_names, index = sites.rows(self.sites)
-        activations, ran = self._sums(records, statistics.ACTIVATION, index)
-        gradients, reached = self._sums(slot_grads, statistics.GRADIENT, index)
+        activations, ran, runs = self.table.sums(records, statistics.ACTIVATION)
+        gradients, reached, _ = self.table.sums(slot_grads, statistics.GRADIENT, runs)
         weights = [self.split.leaves[p] for p in self.split.wanted]
         weight_gradient_rms, nonfinite = statistics.leaf_statistics(grads)
 
@@ -252,23 +259,15 @@ class _Program:
             weight_rms=statistics.leaf_rms(weights),
             weight_gradient_rms=weight_gradient_rms,
             weight_gradient_nonfinite=nonfinite,
-            names=tuple(row_names),
+            names=self.table.rows.names,
             parameter_names=tuple(self.split.names[p] for p in self.split.wanted),
-            site_parameters=_row_parameters(self.sites, index),
+            site_parameters=self.table.parameters,
             opaque=reading.opaque_regions(self.capture.block, self.capture.table, self.labels),
             uncovered=reading.uncovered(
                 self.capture.block, self.parameters, self.labels, self.sites
             ),
+            summarized=self.table.summarized,
         )
-
-    def _sums(
-        self, records: dict[int, Array], names: tuple[str, ...], index: np.ndarray
-    ) -> tuple[statistics.Sums, Array]:
-        """All iterations of all sites, in forward order, and whether each was reached."""
-        sizes = [np.full(np.prod(s.lengths, dtype=int), np.prod(s.shape)) for s in self.sites]
-        table = _rows(records, len(self.sites), 1 + len(names), index)
-        size = np.concatenate(sizes)[index] if sizes else np.zeros(0)
-        return statistics.from_table(table, size, names), table[:, 0]
 
 
 def _measure(x: Array, slot: Array) -> tuple[Array, Array]:
@@ -283,19 +282,6 @@ def _missing() -> float:
 
 def _blank_record(slot: Array) -> Array:
     return jnp.zeros((*slot.shape[:-1], 1 + len(statistics.ACTIVATION)), slot.dtype)
-
-
-def _rows(records: dict[int, Array], count: int, width: int, index: np.ndarray) -> Array:
-    """All iterations of all sites as rows, in forward order."""
-    parts = [records[i].reshape(-1, width) for i in range(count)]
-    dtype = jnp.result_type(*parts) if parts else jnp.float32
-    table = jnp.concatenate([p.astype(dtype) for p in parts]) if parts else jnp.zeros((0, width))
-    return table if np.array_equal(index, np.arange(len(index))) else table[index]
-
-
-def _row_parameters(planned: list[sites.Site], index: np.ndarray) -> tuple[tuple[str, ...], ...]:
-    flat = [s.parameters for s in planned for _ in range(int(np.prod(s.lengths, dtype=int)))]
-    return tuple(flat[i] for i in index)
 
 
 def _is_output(leaf: Any) -> bool:

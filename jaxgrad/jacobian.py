@@ -230,7 +230,10 @@ def _pulled(fun: Callable[[Array], Array], h: Array, chunk: int) -> Array:
 
 def _mapped(fun: Callable[[Array], Array], n: int, chunk: int) -> Array:
     indices = jnp.arange(n)
-    return jax.vmap(fun)(indices) if chunk >= n else jax.lax.map(fun, indices, batch_size=chunk)
+    try:
+        return jax.vmap(fun)(indices) if chunk >= n else jax.lax.map(fun, indices, batch_size=chunk)
+    except NotImplementedError:  # an operation without a rule for batches, as ragged_dot has gaps
+        return jax.lax.map(fun, indices)
 
 
 def _direction(link: Link, n_in: int, n_out: int) -> bool:

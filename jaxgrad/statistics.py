@@ -43,7 +43,7 @@ class Sums:
     Attributes:
         size: number of elements.
         largest: largest magnitude; anything if there is a NaN (compiled maxima may skip it).
-        squares: sum of |x * _scale(largest)|^2; finite exactly if all elements are.
+        squares: sum of |x * quotient_scale(largest)|^2; finite exactly if all elements are.
         nonzero: number of elements that are not zero; NaN if one of them is NaN.
         nonfinite: number of elements that are NaN or infinite.
         total: sum of the (real parts of the) elements.
@@ -82,7 +82,7 @@ class _Passes:
 
     @functools.cached_property
     def squares(self) -> Array:
-        return jnp.sum(lax.square(self.wide * _scale(self.largest)))
+        return jnp.sum(lax.square(self.wide * quotient_scale(self.largest)))
 
     @functools.cached_property
     def nonzero(self) -> Array:
@@ -236,7 +236,7 @@ def _four(dtype: Any) -> Any:
     return np.nextafter(dtype.type(4), dtype.type(0))
 
 
-def _scale(largest: Array) -> Array:
+def quotient_scale(largest: Array) -> Array:
     """What squares are taken in units of: 4 / largest."""
     return _four(largest.dtype) / jnp.maximum(largest, jnp.finfo(largest.dtype).tiny)
 
@@ -290,7 +290,7 @@ def _stacked(leaves: list[Array]) -> tuple[Array, Array]:
     dtype = accumulation_dtype(leaves[0].dtype)
     rows = jnp.stack([jnp.abs(leaf).astype(dtype).ravel() for leaf in leaves])
     largest = jnp.max(rows, axis=1, initial=0.0)
-    squares = jnp.sum(lax.square(rows * _scale(largest)[:, None]), axis=1)
+    squares = jnp.sum(lax.square(rows * quotient_scale(largest)[:, None]), axis=1)
     roots, finite = _root(largest, squares, max(rows.shape[1], 1)), squares < jnp.inf
     extremes = jnp.where(jnp.isnan(jnp.sum(rows, axis=1)), jnp.nan, jnp.inf)
     counts = jnp.sum(~(rows < jnp.inf), axis=1, dtype=jnp.int32)

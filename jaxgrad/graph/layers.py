@@ -17,13 +17,12 @@ from jaxgrad.graph.cuts import Chained, Segment
 from jaxgrad.graph.flatten import Iteration
 from jaxgrad.graph.ir import Table, Value, is_float_dtype, value_inputs
 from jaxgrad.graph.names import Labels
-from jaxgrad.graph.paths import Path, common_prefix, unique
+from jaxgrad.graph.paths import Path, beside, common_prefix, unique
 
 _PRODUCTS = {"dot_general", "conv_general_dilated", "gather"}
 # A module that closes more residual sums than this is a container of blocks written inline, not a
 # block.
 _MOST_SUMS_OF_A_BLOCK = 4
-_MOST_JOINED = 6  # more modules that share a layer are not all told in its name
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +76,7 @@ def group(
 
 
 def _own_path(link: _Link) -> Path | None:
-    return None if link.path is None else link.path or _beside(link)
+    return None if link.path is None else link.path or beside(link.parts)
 
 
 def _mixes_elements(name: str) -> bool:
@@ -118,7 +117,7 @@ def _common_iteration(iterations: list[Iteration]) -> Iteration:
 def _by_depth(depth: int) -> Callable[[_Link], Path]:
     def key(link: _Link) -> Path:
         path = link.path or ()
-        return path[:depth] if path else _beside(link)[:1]
+        return path[:depth] if path else beside(link.parts)[:1]
 
     return key
 
@@ -136,17 +135,9 @@ def _by_module(links: Sequence[_Link]) -> Callable[[_Link], Path]:
         for depth in range(1, len(path) + 1):
             if path[:depth] in blocks:
                 return path[:depth]
-        return path or _beside(link)
+        return path or beside(link.parts)
 
     return key
-
-
-def _beside(link: _Link) -> Path:
-    """A label for a link whose parts share no module: the parts side by side."""
-    heads = list(dict.fromkeys(part[0] for part in link.parts))
-    if len(heads) > _MOST_JOINED:
-        heads = [*heads[:2], f"{len(heads) - 3} more", heads[-1]]
-    return ("+".join(heads),) if heads else ()
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from jaxgrad.graph.following import follow
 from jaxgrad.graph.ir import Block, Op, Table, Value, walk
-from jaxgrad.graph.paths import Path, common_prefix, module_of
+from jaxgrad.graph.paths import Path, beside, common_prefix, module_of
 
 # Scopes that name a class or an operation and not one module of the model.
 _CLASS_SCOPE = re.compile(r"^(eqx|equinox)\.|->|^\$|^(checkpoint|rematted_computation|named)$")
@@ -32,6 +32,7 @@ class Labels:
         named: values that are computed from named parameters alone.
         gradients: values that are computed from an inner gradient alone.
         fed: values that depend on a named parameter.
+        neutral: values that are computed from constants alone.
     """
 
     path: dict[Op, Path] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Labels:
     named: set[Value] = field(default_factory=set)
     gradients: set[Value] = field(default_factory=set)
     fed: set[Value] = field(default_factory=set)
+    neutral: set[Value] = field(default_factory=set)
 
 
 def label(block: Block, table: Table, parameters: dict[Value, str]) -> Labels:
@@ -56,6 +58,7 @@ def label(block: Block, table: Table, parameters: dict[Value, str]) -> Labels:
     known = follow(block, table, parameters)
     labels = Labels(uses=known.uses, begins=known.begins)
     labels.named, labels.gradients, labels.fed = set(known.owners), known.gradients, known.fed
+    labels.neutral = known.neutral
     ambiguous = _ambiguous_scopes(block, labels)
     root = labels.root = _root_scope(block, ambiguous)
     for _, op in walk(block):
@@ -83,7 +86,7 @@ def label_calls(ops: Iterable[Op], labels: Labels) -> None:
         if leaves:
             labels.uses[op] = leaves
         if paths and not labels.path.get(op):
-            labels.path[op] = common_prefix(paths) or min(paths)
+            labels.path[op] = common_prefix(paths) or beside(paths)
 
 
 def _clean(scope: Path, ambiguous: set[Path]) -> Path:

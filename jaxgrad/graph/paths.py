@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 Path = tuple[str, ...]
 
+_MOST_JOINED = 6  # more modules that share a layer are not all told in its name
 # The collection in which flax keeps its parameters: no module of the model.
 _COLLECTIONS = ("params", "param", "batch_stats", "state")
 
@@ -41,6 +42,14 @@ def common_prefix(paths: Iterable[Path]) -> Path:
         if any(path[i] != part for path in paths):
             return shortest[:i]
     return shortest
+
+
+def beside(paths: Iterable[Path]) -> Path:
+    """A label for what several modules share: their outermost names side by side."""
+    heads = list(dict.fromkeys(path[0] for path in paths if path))
+    if len(heads) > _MOST_JOINED:
+        heads = [*heads[:2], f"{len(heads) - 3} more", heads[-1]]
+    return ("+".join(heads),) if heads else ()
 
 
 def unique(names: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a captured program says about itself: opaque regions and parameters that no site covers."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from jaxgrad.graph import compat
@@ -44,7 +45,7 @@ class Graph:
         for text, items in (
             ("opaque", self.opaque),
             ("one layer", self.closed_scans),
-            ("held as side inputs", self.side_inputs),
+            ("held as side inputs", _counted(self.side_inputs)),
             ("parameters in no layer", self.uncovered),
             ("named by jaxgrad", self.made_up_names),
         ):
@@ -53,13 +54,18 @@ class Graph:
         return "\n".join(f"  {note}" for note in notes)
 
 
+def _counted(types: tuple[str, ...]) -> list[str]:
+    return [f"{n} of {name}" if n > 1 else name for name, n in Counter(types).items()]
+
+
 def opaque_regions(block: Block, table: Table, labels: Labels) -> tuple[str, ...]:
     """Operations that jaxgrad runs but does not look into, with layer and source line."""
-    found = []
+    found, layer = [], ""
     for _, op in walk(block):
         opaque = op.kind == "opaque" or op.name in _MEANING
         if opaque and any(table.is_float(v) for v in op.outputs) and not _is_small(op):
-            found.append(describe(op, labels))
+            found.append(describe(op, labels, layer))
+        layer = "/".join(labels.path.get(op, ())) or layer
     return tuple(dict.fromkeys(found))
 
 
@@ -74,13 +80,17 @@ def _is_small(op: Op) -> bool:
     }
 
 
-def describe(op: Op, labels: Labels) -> str:
-    """`primitive in layer (file:line)`, and what it means where that is not plain."""
+def describe(op: Op, labels: Labels, before: str = "") -> str:
+    """`primitive in layer (file:line)`, and what it means where that is not plain.
+
+    What no layer claims is located by the layer `before` it.
+    """
     where = "/".join(labels.path.get(op, ()))
     line = compat.source_line(op.eqn)
     name = op.eqn.params.get("name") or op.name
     text = f"{op.name} {name!r}" if name != op.name else op.name
-    text += (f" in {where}" if where else "") + (f" ({line})" if line else "")
+    text += f" in {where}" if where else f" after {before}" if before else ""
+    text += f" ({line})" if line else ""
     return f"{text}: {_MEANING[op.name]}" if op.name in _MEANING else text
 
 

@@ -11,13 +11,12 @@ the layer has none elsewhere and the loss reads the tensor.
 """
 
 import functools
-import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgrad.graph.ir import (
     Block,
@@ -32,39 +31,11 @@ from jaxgrad.graph.ir import (
     walk,
 )
 from jaxgrad.graph.names import Labels
-from jaxgrad.graph.paths import Path, common_prefix, unique
+from jaxgrad.graph.paths import Path, common_prefix
+from jaxgrad.graph.site import Loop, Site, rows
 from jaxgrad.graph.visits import Branches, Readers, module_visits
 
-
-@dataclass(frozen=True)
-class Site:
-    """One tap.
-
-    Attributes:
-        value: the tensor.
-        path: the layer's path.
-        order: position in the program, one number a level of nesting.
-        scans: for every scan around it, outermost first: (depth, path of the scan's layer, length,
-            reversed).
-        shape: shape of one iteration's tensor.
-        dtype: its dtype, as a string.
-        parameters: names of the parameter leaves of the layer.
-        inside_derivative: whether the tensor belongs to the forward pass of an inner derivative.
-    """
-
-    value: Value
-    path: Path
-    order: tuple[int, ...]
-    scans: tuple[tuple[int, Path, int, bool], ...]
-    shape: tuple[int, ...]
-    dtype: str
-    parameters: tuple[str, ...] = ()
-    inside_derivative: bool = False
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """The lengths of the scans around the site."""
-        return tuple(length for _, _, length, _ in self.scans)
+__all__ = ["Site", "plan_sites", "rows"]
 
 
 @dataclass(eq=False)
@@ -72,6 +43,8 @@ class _Planner:
     table: Table
     labels: Labels
     found: dict[Value, Site]
+    is_tensor: Callable[[Any], bool] = is_real_dtype
+    within: dict[Op, Path] = field(default_factory=dict)
 
     @functools.cached_property
     def leaves(self) -> dict[Path, tuple[str, ...]]:
@@ -96,25 +69,31 @@ class _Place:
     """A block's place: its order, its scans, and the layer of the call that holds it."""
 
     order: tuple[int, ...] = ()
-    scans: tuple[tuple[int, Path, int, bool], ...] = ()
+    scans: tuple[Loop, ...] = ()
     scope: Path | None = None
     carry: int = 0  # how many of the block's first outputs a scan carries on
     unread: frozenset[Value] = frozenset()  # outputs that only a backward pass reads
+    reported: frozenset[Value] = frozenset()  # outputs that are for `aux` alone
+    carried: frozenset[Value] = frozenset()  # what a scan carries on, in its body's calls too
 
 
-def plan_sites(block: Block, table: Table, labels: Labels) -> list[Site]:
+def plan_sites(
+    block: Block, table: Table, labels: Labels, also_complex: bool = False
+) -> list[Site]:
     """Choose the sites of a program, in forward order.
 
     Args:
         block: the program.
         table: its values.
         labels: the layer of every operation.
+        also_complex: whether complex tensors are sites too.
 
     Returns:
-        Sites of real floating-point tensors; where nothing is named, every floating-point result.
+        Sites of floating-point tensors; where nothing is named, every floating-point result.
     """
-    planner = _Planner(table, labels, {})
-    _plan_block(block, _Place(), planner)
+    planner = _Planner(table, labels, {}, is_float_dtype if also_complex else is_real_dtype)
+    reported = frozenset(ref for ref in block.outputs[1:] if not isinstance(ref, Lit))
+    _plan_block(block, _Place(reported=reported - set(block.outputs[:1])), planner)
     if not planner.found:
         for i, op in enumerate(block.ops):
             for value in op.outputs if op.derivative != "backward" else ():
@@ -151,46 +130,10 @@ def _drop_bookkeeping(reaching: set[Value], planner: _Planner) -> None:
             del planner.found[value]
 
 
-def rows(sites: list[Site]) -> tuple[list[str], np.ndarray]:
-    """The rows that the sites give, one an iteration, in forward order.
-
-    Args:
-        sites: the sites, each with `prod(site.lengths)` iterations.
-
-    Returns:
-        The rows' names, and for each row its index into the iterations of all sites, concatenated.
-    """
-    entries = []
-    offset = 0
-    for site in sites:
-        for flat, index in enumerate(np.ndindex(site.lengths)):
-            entries.append((_forward_key(site, index), _row_name(site, index), offset + flat))
-        offset += int(np.prod(site.lengths, dtype=int))
-    entries.sort(key=lambda entry: entry[0])
-    return unique([name for _, name, _ in entries]), np.array([i for *_, i in entries], dtype=int)
-
-
-def _forward_key(site: Site, index: tuple[int, ...]) -> tuple[int, ...]:
-    steps = {}
-    for (depth, _, length, backward), k in zip(site.scans, index, strict=True):
-        steps[depth] = length - 1 - k if backward else k
-    key: list[int] = []
-    for depth, position in enumerate(site.order):
-        key += [position, steps.get(depth, 0)]
-    return (*key, sys.maxsize)  # what a call returns comes after what is inside it
-
-
-def _row_name(site: Site, index: tuple[int, ...]) -> str:
-    parts = list(site.path)
-    for (_, path, _, _), k in zip(site.scans, index, strict=True):
-        inside = path and site.path[: len(path)] == path
-        parts[len(path) - 1 if inside else -1] += f"[{k}]"
-    return "/".join(parts)
-
-
 def _plan_block(block: Block, place: _Place, planner: _Planner) -> None:
     labels = planner.labels
     readers = _readers(block, place)
+    planner.within |= _scans_within(block, labels)
     for i, op in enumerate(block.ops):
         if op.derivative == "backward":
             continue
@@ -223,15 +166,17 @@ def _let_taps_replace(block: Block, readers: Readers, planner: _Planner) -> None
 def _readers(block: Block, place: _Place = _Place()) -> Readers:
     """Value -> the operations that read it; None stands for the block's own output.
 
-    What an inner backward pass reads (a residual) has not left its layer for that.
+    What an inner backward pass reads (a residual) has not left its layer for that, nor has what is
+    read inside and reported by `aux` besides (a norm's running state).
     """
     readers: Readers = defaultdict(list)
     for op in block.ops:
         for value in value_inputs(op) if op.derivative != "backward" else ():
             readers[value].append(op)
     for ref in block.outputs:
-        if not isinstance(ref, Lit) and ref not in place.unread:
-            readers[ref].append(None)
+        if isinstance(ref, Lit) or ref in place.unread or (ref in place.reported and readers[ref]):
+            continue
+        readers[ref].append(None)
     return readers
 
 
@@ -261,11 +206,20 @@ def _inside(
 ) -> _Place:
     scans, labels = place.scans, planner.labels
     if op.kind == "scan":
-        path = _scan_path(op, inner, labels)
-        scans = (*scans, (len(place.order), path, op.length, bool(op.eqn.params["reverse"])))
-    pairs = zip(op.outputs, inner.outputs, strict=True) if op.derivative else ()
-    unread: frozenset[Any] = frozenset(ref for v, ref in pairs if v not in readers)
-    return _Place((*place.order, i), scans, labels.path.get(op), op.num_carry, unread)
+        path = planner.within.get(op) or _scan_path(op, inner, labels)
+        stacked = any(ref in labels.named for ref in op.inputs[op.num_consts + op.num_carry :])
+        backward = bool(op.eqn.params["reverse"])
+        scans = (*scans, Loop(len(place.order), path, op.length, backward, stacked))
+    pairs = list(zip(op.outputs, inner.outputs, strict=True))
+    unread = frozenset(ref for v, ref in pairs if op.derivative and v not in readers)
+    called = pairs if op.kind in ("jit", "remat") else []
+    reported = [r for v, r in called if v in place.reported and readers.get(v) == [None]]
+    carried: list[Any] = [ref for v, ref in called if v in place.carried]
+    carried += inner.outputs[: op.num_carry]
+    return _Place(
+        (*place.order, i), scans, labels.path.get(op), op.num_carry, unread,
+        frozenset(reported), frozenset(v for v in carried if not isinstance(v, Lit)),
+    )  # fmt: skip
 
 
 def _scan_path(op: Op, inner: Block, labels: Labels) -> Path:
@@ -274,8 +228,23 @@ def _scan_path(op: Op, inner: Block, labels: Labels) -> Path:
     return common_prefix(inside) or labels.path.get(op) or ("scan",)
 
 
+def _scans_within(block: Block, labels: Labels) -> dict[Op, Path]:
+    """Scans that nothing in them names -> the layer that runs before and after them, and `scan`."""
+    found: dict[Op, Path] = {}
+    paths = [labels.path.get(op) or common_prefix(
+        labels.path[o] for b in op.blocks for _, o in walk(b) if labels.path.get(o)
+    ) for op in block.ops]  # fmt: skip
+    before: Path = ()
+    for i, op in enumerate(block.ops):
+        if op.kind == "scan" and not paths[i] and before:
+            after = next((path for path in paths[i + 1 :] if path), ())
+            found[op] = (*common_prefix([before, after]), "scan")
+        before = paths[i] or before
+    return found
+
+
 def _plan_modules(block: Block, place: _Place, readers: Readers, planner: _Planner) -> None:
-    """Modules that no scope names: their output is the last value that uses their parameters."""
+    """Modules that no scope names: their output is where what they made comes together."""
     labels, table = planner.labels, planner.table
     visits = module_visits(block, labels, readers)
     if not visits:
@@ -283,20 +252,34 @@ def _plan_modules(block: Block, place: _Place, readers: Readers, planner: _Plann
     branches = Branches(
         block,
         labels,
-        lambda v: tuple(getattr(table.avals[v], "shape", ())),
+        table,
         lambda v: v not in table.constants and _is_data(table.avals[v]),
         readers,
     )
     for visit in visits:
         used = tuple(sorted(visit.names))
-        for value in visit.op.outputs:
-            _add(planner, value, visit.path, place, (visit.position, visit.op), used)
+        output, position, op = branches.output(visit)
+        outputs = visit.op.outputs
+        for value in (output,) if len(outputs) == 1 else _results(outputs, planner):
+            _add(planner, value, visit.path, place, (position, op), used)
             if closing := branches.closing_sum(value):
                 name = branches.name(visit.path, closing.position)
                 total = closing.op.outputs[0]
                 unnamed = closing.scaled and name[-1].endswith("+")
-                if not (unnamed and total in block.outputs[: place.carry]):  # else: the scan's own
+                if not (unnamed and total in place.carried):  # else: the scan's own
                     _add(planner, total, name, place, (closing.position, closing.op))
+
+
+def _results(values: Sequence[Any], planner: _Planner) -> list[Value]:
+    """The tensors that an operation with several results is there for.
+
+    Beside them an implicit layer returns the time that it came to, a blockwise attention the
+    logarithms of its sums: of fewer axes, and of no interest to who reads the layer's row.
+    """
+    shapes = {v: getattr(planner.table.avals[v], "shape", ()) for v in values}
+    floats = [v for v in values if planner.table.is_float(v)]
+    most = max((len(shapes[v]) for v in floats), default=0)
+    return [v for v in floats if len(shapes[v]) == most]
 
 
 def _plan_carry(block: Block, place: _Place, planner: _Planner) -> None:
@@ -310,8 +293,10 @@ def _plan_carry(block: Block, place: _Place, planner: _Planner) -> None:
         and ref in produced
         and ref not in planner.labels.named
         and ref not in planner.labels.gradients
-        and is_real_dtype(getattr(planner.table.avals[ref], "dtype", None))
+        and ref in planner.labels.fed
+        and planner.is_tensor(getattr(planner.table.avals[ref], "dtype", None))
     ]
+    carried = _results(carried, planner)
     if len(carried) == 1 and carried[0] not in planner.found:  # one row an iteration, not two
         for value, site in list(planner.found.items()):
             here = site.scans == place.scans and site.order[: len(place.order)] == place.order
@@ -332,7 +317,8 @@ def _add(
     parameters: tuple[str, ...] = (),
 ) -> None:
     aval = planner.table.avals[value]
-    if value in planner.found or not is_real_dtype(getattr(aval, "dtype", None)):
+    known = value in planner.found or value in planner.labels.neutral
+    if known or not planner.is_tensor(getattr(aval, "dtype", None)):
         return
     position, op = made
     order, shape, dtype = (*place.order, position), tuple(aval.shape), str(aval.dtype)
