@@ -189,7 +189,7 @@ def solved(w, x):
     return jnp.tanh(x @ w), jnp.float64(0.5), jnp.sum(x, -1)
 
 
-solved.defvjp(
+_ = solved.defvjp(
     lambda w, x: (solved(w, x), (w, x)),
     lambda kept, g: jax.vjp(lambda w, x: jnp.tanh(x @ w), *kept)[1](g[0]),
 )
@@ -225,6 +225,21 @@ def test_a_loop_that_carries_counters_beside_its_state_has_rows_of_the_state(x64
     flow = checked(loss, params, normal(4, 3))
     assert [name for name in flow.names if "carry" in name] == []
     assert sum("field" in name or "scan" in name for name in flow.names) == 6
+
+
+def test_a_constant_is_no_row_unless_the_user_named_it(x64):
+    """An initial state of zeros, returned by a module that names its scope."""
+
+    def loss(p, x):
+        with jax.named_scope("initial_state"):
+            h = jnp.zeros(3)
+        with jax.named_scope("cell"):
+            h = jnp.tanh(x @ p["w"] + jg.tap(jnp.ones(3), "one") + h)
+        return jnp.sum(h**2)
+
+    (_, flow), _ = jg.value_and_grad_flow(loss)({"w": normal(2, 3)}, normal(2))
+    assert sorted(flow.names) == ["cell", "one"]
+    assert flow.activation_rms[flow.names.index("one")] == 1
 
 
 # ------------------------------------------------------------------- names

@@ -210,7 +210,7 @@ def _inside(
         stacked = any(ref in labels.named for ref in op.inputs[op.num_consts + op.num_carry :])
         backward = bool(op.eqn.params["reverse"])
         scans = (*scans, Loop(len(place.order), path, op.length, backward, stacked))
-    pairs = list(zip(op.outputs, inner.outputs, strict=True))
+    pairs: list[tuple[Value, Any]] = list(zip(op.outputs, inner.outputs, strict=True))
     unread = frozenset(ref for v, ref in pairs if op.derivative and v not in readers)
     called = pairs if op.kind in ("jit", "remat") else []
     reported = [r for v, r in called if v in place.reported and readers.get(v) == [None]]
@@ -317,7 +317,9 @@ def _add(
     parameters: tuple[str, ...] = (),
 ) -> None:
     aval = planner.table.avals[value]
-    known = value in planner.found or value in planner.labels.neutral
+    labels = planner.labels
+    constant = value in labels.neutral and value not in labels.taps
+    known = value in planner.found or constant
     if known or not planner.is_tensor(getattr(aval, "dtype", None)):
         return
     position, op = made
