@@ -29,7 +29,10 @@ NOTE = (
     "then rules were mended. Programs of the part 'late' were written beside the rules for stalls "
     "and for updates that round away. All rates here are after that, on seeds that no rule was "
     "changed for. 71 further faulty programs, after public code, met the rules later: 61 were "
-    "detected and 52 causes right at first contact, and 93 of 94 healthy ones were silent."
+    "detected and 52 causes right at first contact, and 93 of 94 healthy ones were silent. Of 50 "
+    "more, written blind, 40 were detected and 38 causes right at first contact, without an alarm "
+    "on 81 healthy ones; rules were mended, and then 16 of 20 new faults were detected and 15 "
+    "causes right, without an alarm on 30 healthy ones."
 )
 
 

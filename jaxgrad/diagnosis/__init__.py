@@ -76,7 +76,8 @@ def diagnose(  # noqa: PLR0913, PLR0917 (a public signature)
         batch: one batch.
         optimizer: an optax transformation, or an object with ``init`` and ``update``. None: the
             trainings use Adam at 1e-3, and nothing is said of optimizer and learning rate.
-        batches: further batches of the same shapes; the first 16 are used in turn.
+        batches: further batches of the same shapes; the first 16 are used in turn, of batches with
+            fewer than 16 examples up to 160.
         has_aux: whether the loss returns ``(loss, aux)``.
         key: random key for the loss; made up where the loss needs three arguments.
         trainable: pytree (or prefix) of bool, or a function of a leaf's name: False for leaves that

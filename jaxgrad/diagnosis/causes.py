@@ -29,6 +29,7 @@ _CHAIN: tuple[tuple[str, ...], ...] = (
     ("lr.too_high", "lr.too_low"),
     ("loss.spike",),
 )  # fmt: skip
+_PLACE = {code: i for i, group in enumerate(_CHAIN) for code in group}
 # Faults of the program that stand beside whatever else is wrong, and explain none of it.
 _APART = {"optimizer.clip_after_update", "optimizer.clip_always"}
 
@@ -42,6 +43,8 @@ def rank(finding: Finding) -> int | float:
     broken = not math.isfinite(first) and math.isfinite(cured)
     if finding.code == "data.unnormalized" and broken:
         return 1.5
+    if finding.code == "init.too_large" and finding.stage == "counterfactual":
+        return _PLACE["unit.saturated"] - 0.5  # the state is at its bounds because of it
     if finding.code == "attention.logit_growth" and finding.stage == "running":
         return len(_CHAIN)
     for i, group in enumerate(_CHAIN):

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from jaxgrad.diagnosis import guess
 from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
@@ -37,9 +38,11 @@ def ascent_finding(cosines: np.ndarray) -> list[Finding]:
 
 def falling_without_end(evidence: Evidence) -> list[Finding]:
     """A cross-entropy with its sign flipped: every row's gradient raises one logit's loss."""
-    head = evidence.head
-    if head is None or head.kind != "log" or head.size < 3 or not evidence.initial.finite:
+    if not evidence.initial.finite:
         return []
+    head = evidence.head
+    if head is None or head.kind != "log" or head.size < 3:
+        return _flipped_binary(evidence)
     chance = math.log(head.size)
     # random logits can be worse than chance and hardly better; a policy's loss is anywhere below
     if not 0.85 * chance <= -evidence.initial.value <= 1.7 * chance:
@@ -55,11 +58,31 @@ def falling_without_end(evidence: Evidence) -> list[Finding]:
     ]  # fmt: skip
 
 
+def _flipped_binary(evidence: Evidence) -> list[Finding]:
+    """A binary log-likelihood that is minimized: even odds give minus ln 2."""
+    if evidence.initial.value >= 0 or not evidence.structure.binaries:
+        return []
+    places = guess.logits(evidence.structure, evidence.wiring)
+    even = guess.value_of_zeros(evidence.problem, evidence.wiring, places)
+    if even is None or abs(even + math.log(2.0)) > 1e-3:
+        return []
+    where = evidence.structure.binaries[0].where
+    return [
+        Finding(
+            "optimizer.ascent", "error", "initial", where,
+            f"At even odds the binary cross-entropy is {even:.3g}, minus ln 2: its sign is flipped,"
+            " and the likelihood of the targets is minimized.",
+            {"loss": evidence.initial.value, "loss_of_even_odds": even},
+            "loss = -(y * jnp.log(p) + (1 - y) * jnp.log(1 - p)).mean()", 0.9,
+        )
+    ]  # fmt: skip
+
+
 def spike(evidence: Evidence) -> list[Finding]:
     """A loss far above all others before it, from which the run comes back."""
-    if evidence.main.stopped is not None:
-        return []
     run = evidence.main
+    if run.stopped is not None or run.levels is not None:  # the loss of one example is no event
+        return []
     return spike_finding(run.losses, run.gradient_norms, len(evidence.problem.batches))
 
 

@@ -195,8 +195,8 @@ class Evidence:
 
         1 for a positive loss that went to zero; negative for a run that made it worse.
         """
-        first = self.initial.value if np.isfinite(self.initial.value) else run.first
-        return taken_off(first, run.last, self.baseline)
+        known = np.isfinite(self.initial.value) and run.levels is None
+        return taken_off(self.initial.value if known else run.first, run.last, self.baseline)
 
     @functools.cached_property
     def alternatives(self) -> dict[str, Run]:

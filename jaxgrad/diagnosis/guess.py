@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgrad.diagnosis.parts import Softmax, Structure
 from jaxgrad.diagnosis.passes import tappable
-from jaxgrad.diagnosis.problem import Problem
+from jaxgrad.diagnosis.problem import FEW, Problem, arrays_of, count_examples
 from jaxgrad.diagnosis.structure import bound_of
 from jaxgrad.diagnosis.wiring import Wiring, inputs_for
 from jaxgrad.graph import rewrite
@@ -23,7 +23,7 @@ def logits(structure: Structure, wiring: Wiring) -> list[Value]:
         s.source for s in structure.softmaxes if s.head and s.size > 1 and (s.kind == "log" or logs)
     ]
     for head in structure.log_heads:
-        bound = bound_of(head.source, structure, wiring)
+        bound = bound_of(head.source, structure, wiring) or bound_of(head.bare, structure, wiring)
         if head.kind == "log_sigmoid":
             found.append(head.source)
         elif bound is not None and bound.kind == "sigmoid":
@@ -42,7 +42,15 @@ def predictions(structure: Structure, wiring: Wiring) -> list[Value]:
 
 
 def loss_of_zeros(problem: Problem, wiring: Wiring, where: Sequence[Value]) -> float | None:
-    """The loss with zeros in the place of some tensors; None where there is none, or no number.
+    """`value_of_zeros` where it is a positive loss, None otherwise."""
+    loss = value_of_zeros(problem, wiring, where)
+    return loss if loss is not None and loss > 0 else None
+
+
+def value_of_zeros(
+    problem: Problem, wiring: Wiring, where: Sequence[Value], fill: float = 0.0
+) -> float | None:
+    """The loss with a constant in the place of some tensors; None where there is no number.
 
     It takes the loss as it is written, with its weights, masks, smoothing and sums: no formula for
     the number of classes could.
@@ -52,16 +60,18 @@ def loss_of_zeros(problem: Problem, wiring: Wiring, where: Sequence[Value]) -> f
     if not taps:
         return None
     tapped = rewrite.Tapped(
-        wiring.table, taps, lambda x, slot: (jnp.zeros_like(x), slot), jnp.zeros_like
+        wiring.table, taps, lambda x, slot: (jnp.full_like(x, fill), slot), jnp.zeros_like
     )
     slots = {i: jnp.zeros(wiring.lengths[wiring.producer[v]]) for v, i in taps.items()}
 
     @jax.jit
-    def run(values: list[jax.Array]) -> jax.Array:
-        return tapped.run(wiring.block, inputs_for(problem, values, problem.batch), slots)[0][0]
+    def run(values: list[jax.Array], arrays: list[jax.Array]) -> jax.Array:
+        return tapped.run(wiring.block, inputs_for(problem, values, arrays), slots)[0][0]
 
-    loss = float(run(problem.values))
-    return loss if math.isfinite(loss) and loss > 0 else None
+    few = (count_examples(problem.batch) or FEW) < FEW
+    batches = problem.batches if few else (problem.batch,)
+    loss = float(np.mean([run(problem.values, arrays_of(batch)) for batch in batches]))
+    return loss if math.isfinite(loss) else None
 
 
 def chance(

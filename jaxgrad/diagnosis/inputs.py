@@ -1,15 +1,18 @@
 """Inputs and targets of a scale that the model is not made for."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.diagnosis import guess
 from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.parts import Affine
+from jaxgrad.diagnosis.training import Trainer
 from jaxgrad.diagnosis.units import saturated
 from jaxgrad.diagnosis.weights import loud, rms
 from jaxgrad.graph.ir import Value
@@ -21,7 +24,8 @@ def unnormalized(evidence: Evidence) -> list[Finding]:
     """Inputs, or targets, of a scale that the model is not made for."""
     if not np.isfinite(evidence.initial.value):
         return _unnormalized_inputs(evidence) if _has_loud_inputs(evidence) else []
-    return _unnormalized_inputs(evidence) or _unnormalized_targets(evidence)
+    found = _unnormalized_inputs(evidence) or _unnormalized_targets(evidence)
+    return found or _unnormalized_together(evidence)
 
 
 def _inputs(evidence: Evidence) -> list[tuple[Value, Affine]]:
@@ -136,3 +140,72 @@ def _unnormalized_targets(evidence: Evidence) -> list[Finding]:
             )
         ]  # fmt: skip
     return []
+
+
+def _unnormalized_together(evidence: Evidence) -> list[Finding]:
+    """Targets far from zero that the run fits worse than their mean, though it takes off a lot.
+
+    Inputs may be loud as well, so that neither alone is to be mended: all of them are standardized.
+    """
+    for difference in evidence.structure.differences:
+        base = evidence.wiring.origin(difference.target)[0]
+        known = isinstance(difference.target, int) and _leaf_at(evidence, base) is not None
+        target = evidence.values.get(difference.target) if known else None  # type: ignore[arg-type]
+        if target is None or rms(target) < _LOUD:
+            continue
+        facts = _worse_than_the_mean(evidence, difference.prediction, target)
+        if facts is None:
+            continue
+        name, steps = _data_name(evidence, base), evidence.steps
+        below = 1 - facts["loss_standardized"] / facts["loss_of_the_mean_standardized"]
+        return [
+            Finding(
+                "data.unnormalized", "error", "counterfactual", name,
+                f"The targets have an RMS of {rms(target):.3g}, and after {3 * steps} steps the "
+                f"loss is {facts['loss_as_given']:.3g}, that of their mean "
+                f"{facts['loss_of_the_mean']:.3g}; with inputs and targets standardized {steps} "
+                f"steps get {below:.2%} below it.",
+                {"target_rms": rms(target), "threshold": _LOUD} | facts,
+                fix("data.unnormalized") + "\n" + fix("data.unnormalized").replace("x", "y"), 0.88,
+            )
+        ]  # fmt: skip
+    return []
+
+
+def _worse_than_the_mean(
+    evidence: Evidence, prediction: Value, target: np.ndarray
+) -> dict[str, float] | None:
+    """The losses, where the run stays far behind itself on standardized data; else None."""
+    problem, wiring, run = evidence.problem, evidence.wiring, evidence.main
+    mean = float(np.mean(np.asarray(target, np.float64)))
+    constant = guess.value_of_zeros(problem, wiring, [prediction], mean)
+    if constant is None or constant <= 0 or run.last <= constant:
+        return None
+    stack = [_by_feature(x) for x in evidence.trainer.stack]
+    leaves, treedef = jax.tree.flatten(problem.batch)
+    rest = iter([x[0] for x in stack])
+    batch = treedef.unflatten([next(rest) if isinstance(x, jax.Array) else x for x in leaves])
+    level = guess.value_of_zeros(replace(problem, batch=batch), wiring, [prediction])
+    cured = evidence.run_from(stack=stack)
+    if level is None or not cured.last < 0.7 * level:
+        return None
+    evidence.tell(f"training {3 * evidence.steps} steps as given")
+    longer = Trainer(problem, evidence.optimizer, 3 * evidence.steps).run()
+    share, cured_share = longer.last / constant, cured.last / level
+    if share < 0.7 and not share > max(0.25, 10 * cured_share):
+        return None
+    return {
+        "loss_as_given": longer.last, "loss_of_the_mean": constant,
+        "loss_standardized": cured.last, "loss_of_the_mean_standardized": level,
+    }  # fmt: skip
+
+
+def _by_feature(x: jax.Array) -> jax.Array:
+    """A stacked leaf, loud ones at zero mean and unit variance in every column."""
+    if not jnp.issubdtype(x.dtype, jnp.floating) or rms(np.asarray(x)) < _LOUD:
+        return x
+    axes = tuple(range(x.ndim - 1)) if x.ndim > 2 else None
+    wide = x.astype(jnp.float32)
+    size = jnp.sqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True))
+    spread = jnp.maximum(jnp.std(wide, axis=axes, keepdims=True), 1e-4 * size + 1e-12)
+    return ((wide - jnp.mean(wide, axis=axes, keepdims=True)) / spread).astype(x.dtype)

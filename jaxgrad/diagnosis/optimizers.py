@@ -1,5 +1,8 @@
 """Where an optimizer clips, how often, and what it does with micro-batches."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +11,10 @@ from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.optim.accumulating import judge_transformation, micro_gradients
+from jaxgrad.optim.reading import chain_parts
 
 _SAME = 1e-3
+_LONGEST = 64  # calls in which an accumulator has to come to its second update
 
 
 def clip_after_update(evidence: Evidence) -> list[Finding]:
@@ -37,8 +42,11 @@ def clip_after_finding(order: str, after: list[str], steps: list[str]) -> list[F
 
 def accumulation(evidence: Evidence) -> list[Finding]:
     """Accumulation over micro-batches that sums, or forgets."""
-    if evidence.optimizer is None or not evidence.initial.finite or evidence.every < 2:
+    if evidence.optimizer is None or not evidence.initial.finite:
         return []
+    summed = _summing_step(evidence)
+    if summed or evidence.every < 2:
+        return summed
     every = evidence.every
     tree = evidence.problem.tree(evidence.problem.values)
     evidence.tell(f"comparing {every} micro-batches with one batch")
@@ -62,6 +70,69 @@ def accumulation(evidence: Evidence) -> list[Finding]:
             "micro-batches",
         )
     ]  # fmt: skip
+
+
+def _summing_step(evidence: Evidence) -> list[Finding]:
+    """A step of the chain that holds gradients back and hands on their sum, where the mean learns.
+
+    What follows it, a momentum for instance, may move the parameters at every step all the same.
+    """
+    own = evidence.progress(evidence.main)
+    if evidence.improves:
+        return []
+    every = next((k for k in map(_sums_over(evidence), _steps_of(evidence)) if k), 0)
+    if not every:
+        return []
+    cured = evidence.run(scale=1.0 / every)
+    if not evidence.progress(cured) > max(0.1, 2 * own):
+        return []
+    return [
+        Finding(
+            "accumulation.sums", "error", "counterfactual", "optimizer",
+            f"A step of the optimizer holds {every} gradients back and hands on their sum, {every} "
+            f"times their mean; with the mean the run gets to {cured.last:.3g} instead of "
+            f"{evidence.main.last:.3g}.",
+            {"every": every, "loss_as_given": evidence.main.last, "loss_with_mean": cured.last},
+            fix("accumulation.sums", every=every), 0.93,
+        )
+    ]  # fmt: skip
+
+
+def _steps_of(evidence: Evidence) -> list[Any]:
+    """The steps of a chain, chains inside of it opened."""
+    found, queue = [], [evidence.plain_optimizer]
+    while queue:
+        tx = queue.pop(0)
+        parts = chain_parts(tx)
+        queue += parts
+        found += [] if parts else [tx]
+    return found
+
+
+def _sums_over(evidence: Evidence) -> Callable[[Any], int]:
+    """Finds over how many calls a step sums what it gets, on its own; 0 if it does not."""
+    problem = evidence.problem
+    tree = problem.tree(problem.values)
+    ones = problem.tree([jnp.full_like(v, 1e-3) for v in problem.values])
+
+    def sums_over(tx: Any) -> int:
+        def call(state: Any, _: None) -> tuple[Any, jax.Array]:
+            updates, state = tx.update(ones, state, tree)
+            largest = [jnp.max(jnp.abs(u)).astype(jnp.float32) for u in problem.flat(updates)]
+            return state, jnp.max(jnp.stack(largest))
+
+        try:
+            if not jax.tree.leaves(tx.init(tree)):
+                return 0
+            sizes = np.asarray(jax.lax.scan(call, tx.init(tree), None, _LONGEST)[1]) / 1e-3
+        except Exception:  # it needs more than gradients, or its state changes its shape
+            return 0
+        out = np.flatnonzero(sizes) + 1
+        if len(out) < 2 or out[0] < 2 or np.any(np.diff(out) != out[0]):
+            return 0
+        return int(out[0]) if np.allclose(sizes[out - 1], out[0], rtol=1e-2) else 0
+
+    return sums_over
 
 
 def _misweighted(evidence: Evidence) -> list[Finding]:

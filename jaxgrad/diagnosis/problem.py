@@ -15,6 +15,8 @@ from jaxgrad.graph import arguments
 from jaxgrad.tree import is_array, is_inexact_array, replace_inexact
 
 MAX_BATCHES = 16
+# Of tiny batches more are used: 16 batches of one example would be learned by heart.
+FEW, _EXAMPLES, _MOST_BATCHES, _MOST_BYTES = 8, 256, 160, 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,11 +172,30 @@ def _alike(batch: PyTree, batches: Iterable[PyTree] | None) -> tuple[PyTree, ...
     """The first batches that have the shapes of `batch`; `batch` itself where there is none."""
     shape = _signature(batch)
     found = []
-    for other in islice(iter(batches if batches is not None else ()), MAX_BATCHES):
+    for other in islice(iter(batches if batches is not None else ()), _wanted_batches(batch)):
         moved = jax.tree.map(_to_device, other)
         if _signature(moved) == shape:
             found.append(moved)
     return tuple(found) or (batch,)
+
+
+def _wanted_batches(batch: PyTree) -> int:
+    """How many batches are used: `MAX_BATCHES`, or more where each holds next to nothing."""
+    arrays = [x for x in jax.tree.leaves(batch) if getattr(x, "ndim", 0)]
+    examples = count_examples(batch) or MAX_BATCHES
+    size = max(sum(x.size * jnp.dtype(x.dtype).itemsize for x in arrays if not _is_key(x)), 1)
+    most = min(_EXAMPLES // max(examples, 1), _MOST_BATCHES, _MOST_BYTES // size)
+    return max(MAX_BATCHES, most)
+
+
+def count_examples(batch: PyTree) -> int | None:
+    """The length of the leading axis that all arrays of a batch share; None if they do not."""
+    sizes = {x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "ndim", 0)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _signature(tree: PyTree) -> Any:

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.diagnosis.epsilon import epsilon
 from jaxgrad.diagnosis.evidence import LEARNS, Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
-from jaxgrad.diagnosis.problem import Problem
+from jaxgrad.diagnosis.problem import FEW, Problem, count_examples
 from jaxgrad.diagnosis.training import Run, Trainer
 
 # a run that takes this share off its loss is not compared with lower rates
@@ -17,6 +18,8 @@ _WELL = 0.5
 # Share of its spread over the data that an output has left: of a collapsed one at most, of another
 # one at least.
 _FORGOTTEN, _REMEMBERED = 1e-3, 0.03
+# a warm-up that at this many times the run's length has not come to this ratio is too long
+_PATIENCE, _EFFECTIVE = 10.0, 1e-4
 SLOW = 10.0**-4.5  # update RMS over weight RMS; healthy runs stand between 1e-2 and 1e-4
 
 
@@ -26,7 +29,7 @@ def learning_rate(evidence: Evidence) -> list[Finding]:
         return []
     if evidence.every > 1 and not (evidence.main.update_norms > 0).any():
         return []
-    too_low = _too_low(evidence)
+    too_low = _too_low(evidence) or epsilon(evidence) or _ends_early(evidence)
     if too_low:
         return too_low
     collapsed = _collapse(evidence)
@@ -65,7 +68,7 @@ def _shaken(evidence: Evidence) -> bool:
 
 def _too_low(evidence: Evidence) -> list[Finding]:
     run = evidence.main
-    if run.stopped is not None or run.update_ratio > SLOW or evidence.warms_up:
+    if run.stopped is not None or run.update_ratio > SLOW or _gets_there(evidence):
         return []
     if evidence.is_trained and run.update_norms.max() > 0:
         return []  # fine-tuning: small steps are meant
@@ -88,12 +91,29 @@ def _too_low(evidence: Evidence) -> list[Finding]:
     return []
 
 
+def _gets_there(evidence: Evidence) -> bool:
+    """Whether a warm-up reaches an effective rate before long, at the pace of this run."""
+    run = evidence.main
+    tail = run.typical_ratio(len(run.losses) - max(len(run.losses) // 10, 1))
+    return evidence.warms_up and tail * _PATIENCE > _EFFECTIVE
+
+
 def _runs_out(run: Run) -> bool:
     """Whether the updates end, in the middle of the run, though the gradient does not."""
     if len(run.losses) < 16 or not run.update_norms.any():
         return False
     updates, gradients = _left(run.update_norms), _left(run.gradient_norms)
     return updates < 1e-3 and updates < 1e-2 * gradients
+
+
+def _ends_early(evidence: Evidence) -> list[Finding]:
+    """Steps that end, large as they were, while there is most of the loss to take off."""
+    run = evidence.main
+    own = evidence.progress(run)
+    if run.stopped is not None or own >= LEARNS or evidence.is_trained or not _runs_out(run):
+        return []
+    gained = evidence.progress(evidence.run(reference=True))
+    return [_out_of_rate(evidence, gained)] if gained > max(LEARNS, 3 * own) else []
 
 
 def _left(norms: np.ndarray) -> float:
@@ -121,10 +141,14 @@ def _out_of_rate(evidence: Evidence, gained: float) -> Finding:
 def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
     run = evidence.main
     own = max(evidence.progress(run), 0.0)
+    warm = (
+        f" The rate still warms up, and after {_PATIENCE:g} times as many steps it would be too "
+        "low, too." if evidence.warms_up else ""
+    )  # fmt: skip
     return Finding(
         "lr.too_low", "error", "counterfactual", "optimizer",
         f"In {len(run.losses)} steps the updates took {own:.2%} off the loss; "
-        f"{scale:g} times larger ones take off {gained:.0%}.",
+        f"{scale:g} times larger ones take off {gained:.0%}." + warm,
         {"update_over_weight": run.update_ratio, "threshold": SLOW,
          "loss_as_given": run.last, "scale": scale, "taken_off_at_scale": gained},
         fix("lr.too_low", factor=scale), 0.9,
@@ -274,8 +298,8 @@ def _batch_too_small(evidence: Evidence, own: float) -> list[Finding]:
     """The same rate on the union of the batches."""
     problem = evidence.problem
     count = len(problem.batches)
-    sizes = {x.shape[0] for x in jax.tree.leaves(problem.batch) if getattr(x, "ndim", 0)}
-    if count < 4 or len(sizes) != 1 or min(sizes) > 8:
+    size = count_examples(problem.batch)
+    if count < 4 or size is None or size > FEW:
         return []
     union = jax.tree.map(
         lambda *xs: jnp.concatenate(xs) if getattr(xs[0], "ndim", 0) else xs[0], *problem.batches
@@ -289,9 +313,9 @@ def _batch_too_small(evidence: Evidence, own: float) -> list[Finding]:
     return [
         Finding(
             "batch.too_small", "error", "counterfactual", "optimizer",
-            f"With batches of {min(sizes)} the gradient is mostly noise at this learning rate; on "
-            f"batches of {min(sizes) * count} the same rate learns.",
-            {"batch": min(sizes), "taken_off": own, "taken_off_by_larger_batch": gained},
+            f"With batches of {size} the gradient is mostly noise at this learning rate; on "
+            f"batches of {size * count} the same rate learns.",
+            {"batch": size, "taken_off": own, "taken_off_by_larger_batch": gained},
             fix("batch.too_small", every=count), 0.8,
         )
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.diagnosis import guess
+from jaxgrad.diagnosis import guess, summands
 from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
@@ -17,7 +17,7 @@ def regularization(evidence: Evidence) -> list[Finding]:
     """Penalties, or decoupled decay, whose gradient is larger than that of the data."""
     if not evidence.initial.finite:
         return []
-    return _penalty(evidence) or _decay(evidence)
+    return _penalty(evidence) or _decay(evidence) or _outweighed(evidence)
 
 
 def _penalty(evidence: Evidence) -> list[Finding]:
@@ -82,6 +82,39 @@ def _decay(evidence: Evidence) -> list[Finding]:
     if ratio < 3 and (shrunk > 0.8 or evidence.progress(evidence.main) > 0.5 * free):
         return []
     return [_dominates(evidence, ratio, "the weight decay of the optimizer")]
+
+
+def _outweighed(evidence: Evidence) -> list[Finding]:
+    """A term made of parameters and data, but of no target, at whose cost the fit is given up."""
+    terms = summands.summands(evidence.wiring)
+    penalties = [t for t in terms if not summands.fits_data(t, evidence.wiring)]
+    if len(penalties) == len(terms) or evidence.is_trained:
+        return []
+    for term in penalties:
+        if term not in evidence.wiring.from_data:
+            continue
+        grads = _gradient_of(evidence, [term])
+        data = [g - r for g, r in zip(evidence.initial.grads, grads, strict=True)]
+        ratio = _norm(grads) / max(_norm(data), 1e-30)
+        facts = summands.outweighs(evidence, term) if ratio > 1 else None
+        if facts is None or (
+            ratio < 3 and facts["rest_without_the_term"] > 0.5 * facts["rest_at_the_end"]
+        ):
+            continue
+        return [
+            Finding(
+                "regularization.dominates", "error", "counterfactual", "loss",
+                f"A term of the loss pulls {ratio:.3g} times as hard as the fit to the data. The "
+                f"run pays it off (from {facts['term_at_first']:.3g} to "
+                f"{facts['term_at_the_end']:.3g}) and leaves the rest at "
+                f"{facts['rest_at_the_end']:.3g}; without the term that gets to "
+                f"{facts['rest_without_the_term']:.3g}.",
+                {"penalty_over_data": ratio, "threshold": 3.0} | facts,
+                f"loss = fit + {0.1 / ratio:.1g} * term   # raise its weight slowly, if at all",
+                0.85, may_be_wrong="the term alone is what the training is for",
+            )
+        ]  # fmt: skip
+    return []
 
 
 def _dominates(evidence: Evidence, ratio: float, what: str) -> Finding:

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxgrad.diagnosis.packing import step_figures
-from jaxgrad.diagnosis.problem import Problem, arrays_of
+from jaxgrad.diagnosis.problem import FEW, Problem, arrays_of, count_examples
 
 REFERENCE_RATE = 1e-3
 
@@ -33,6 +33,7 @@ class Run:
         rounded_away: share of every leaf's updates that did not change the parameter, (T, leaves).
         values: the last parameters; those of the first step that was not finite, if there is one.
         stopped: that step, or None.
+        levels: mean loss of all batches before and after, where a batch says too little.
     """
 
     losses: np.ndarray
@@ -46,17 +47,20 @@ class Run:
     values: list[Array]
     stopped: int | None
     loss_finite_at_stop: bool
+    levels: tuple[float, float] | None = None
 
     @property
     def first(self) -> float:
         """The loss at the beginning."""
-        return float(self.losses[0])
+        return self.levels[0] if self.levels else float(self.losses[0])
 
     @property
     def last(self) -> float:
         """The loss at the end: median of the last tenth; infinite if the run broke down."""
         if self.stopped is not None:
             return float("inf")
+        if self.levels:
+            return self.levels[1]
         tail = self.losses[-max(len(self.losses) // 10, 1) :]
         return float(np.median(tail))
 
@@ -77,9 +81,14 @@ class Run:
 
     @property
     def update_ratio(self) -> float:
-        """Median over steps and leaves of update RMS over weight RMS, where something moved."""
+        """Median over steps and matrices of update RMS over weight RMS, where something moved."""
+        return self.typical_ratio(0)
+
+    def typical_ratio(self, start: int) -> float:
+        """The same from a step on. Biases that begin at zero count only where nothing else is."""
+        wide = [i for i, value in enumerate(self.values) if value.ndim >= 2]
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = self.update_rms / self.weight_rms
+            ratio = (self.update_rms / self.weight_rms)[start:, wide or slice(None)]
         ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
         return float(np.median(ratio)) if ratio.size else 0.0
 
@@ -101,6 +110,8 @@ class Trainer:
         )
         self.own = tx is not None
         self._compiled_begin = jax.jit(self._begin)
+        self._compiled_level = jax.jit(self._level)
+        self._few = (count_examples(problem.batch) or FEW) < FEW
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
         self.stack = jax.tree.map(
             lambda *leaves: jnp.stack(leaves), *map(arrays_of, problem.batches)
@@ -136,7 +147,8 @@ class Trainer:
             "value": loss, "grad": gradient,
             "value_fn": lambda tree: problem.value(problem.flat(tree), batch, key),
         }  # fmt: skip
-        own, own_state = self.tx.update(gradient, states[0], tree, **extra)
+        louder = jax.tree.map(lambda g: (g * controls["gain"]).astype(g.dtype), gradient)
+        own, own_state = self.tx.update(louder, states[0], tree, **extra)
         ref, ref_state = self.reference.update(gradient, states[1], tree)
         ramp = jnp.minimum(1.0, (t + 1) / jnp.maximum(controls["warmup"], 1.0))
         factor = controls["scale"] * ramp
@@ -155,9 +167,17 @@ class Trainer:
         figures |= {"loss": loss.astype(jnp.float32), "finite": jnp.isfinite(loss)}
         return (moved, (own_state, ref_state), good), figures | {"good": good}
 
+    def _level(self, values: list[Array], stack: PyTree) -> Array:
+        """Mean loss of all batches: that of one or two examples is noise."""
+
+        def one(t: Array) -> Array:
+            return self.problem.value(values, self._batch(stack, t))
+
+        return jnp.mean(jax.lax.map(one, jnp.arange(len(self.problem.batches))))
+
     def check(self) -> None:
         """Traces the training, which raises what the optimizer raises."""
-        controls = dict.fromkeys(("scale", "warmup", "reference"), jnp.float32(1))
+        controls = dict.fromkeys(("scale", "warmup", "reference", "gain"), jnp.float32(1))
         carry = jax.eval_shape(self._begin, list(self.problem.values))
         _ = jax.eval_shape(self._step, carry, jnp.int32(0), self.stack, controls)
 
@@ -168,6 +188,7 @@ class Trainer:
         scale: float = 1.0,
         warmup: int = 0,
         reference: bool = False,
+        gain: float = 1.0,
         stack: PyTree = None,
     ) -> Run:
         """Trains.
@@ -177,15 +198,19 @@ class Trainer:
             scale: factor of all updates.
             warmup: steps over which the updates are ramped up.
             reference: Adam at 1e-3 in the place of the user's optimizer.
+            gain: factor of the gradients that the user's optimizer sees.
             stack: batches, stacked along a first axis; None for the problem's own.
         """
         controls = {
             "scale": jnp.float32(scale),
             "warmup": jnp.float32(warmup),
             "reference": jnp.float32(reference),
+            "gain": jnp.float32(gain),
         }
         stack = self.stack if stack is None else stack
-        carry = self._compiled_begin(list(self.problem.values if values is None else values))
+        start = list(self.problem.values if values is None else values)
+        before = float(self._compiled_level(start, stack)) if self._few else 0.0
+        carry = self._compiled_begin(start)
         each = []
         # no scan: in a loop of XLA's on a CPU, a convolution takes up to thirty times as long
         for t in range(self.steps):
@@ -200,6 +225,7 @@ class Trainer:
             losses, rows["gradient_norm"], rows["update_norm"], rows["alignment"],
             rows["weight_rms"], rows["gradient_rms"], rows["update_rms"], rows["rounded_away"],
             carry[0], stopped, finite,
+            (before, float(self._compiled_level(carry[0], stack))) if self._few else None,
         )  # fmt: skip
 
 

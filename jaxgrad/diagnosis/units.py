@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.diagnosis.evidence import Evidence, leaf_index
@@ -37,7 +38,7 @@ def saturated(evidence: Evidence) -> list[Finding]:
     activation, share = bad[0]
     severity = "warning" if evidence.improves else "error"
     scale = [s for s in scales(evidence) if s.activation is activation]
-    because = "large weights" if scale and scale[0].ratio > 2 else "large inputs or biases"
+    because = "large weights" if any(s.ratio > 2 for s in scale) else "large inputs or biases"
     return [
         Finding(
             "unit.saturated", severity, "initial", activation.where,
@@ -119,6 +120,8 @@ def symmetric(evidence: Evidence) -> list[Finding]:
         if axis is not None:
             guilty.append(name)
     guilty = [name for name in guilty if not _is_last(evidence, name)]
+    if not guilty and measured.norm == 0:
+        return _zero_saddle(evidence)
     if not guilty or (not gradient_moves(evidence, guilty) and evidence.improves):
         return []
     where = layer_of_leaf(evidence, guilty[0])
@@ -129,6 +132,40 @@ def symmetric(evidence: Evidence) -> list[Finding]:
             "unit in effect, however wide it is.",
             {"layers": guilty}, fix("init.symmetric"), 0.95,
             may_be_wrong="the equal units are told apart later by something random in the loss",
+        )
+    ]  # fmt: skip
+
+
+def _zero_saddle(evidence: Evidence) -> list[Finding]:
+    """Factors of a product that are all zero: each gets the other's zero as its gradient.
+
+    Embedding tables are compared with what a small random draw in their place makes of the run.
+    """
+    problem, values = evidence.problem, list(evidence.problem.values)
+    zero = [
+        i
+        for i, v in enumerate(values)
+        if v.ndim >= 2 and problem.trainable[i] and not np.any(np.asarray(v))
+        and evidence.wiring.parameters[i] in evidence.wiring.live
+    ]  # fmt: skip
+    if not zero or np.any(evidence.main.gradient_norms):
+        return []
+    for i in zero:
+        draw = np.random.default_rng(i).standard_normal(values[i].shape)
+        values[i] = jnp.asarray(draw / math.sqrt(values[i].shape[-1]), values[i].dtype)
+    cured = evidence.run_from(values)
+    if not cured.gradient_norms[0] > 0 or not cured.drop > 0.02:
+        return []
+    names = [problem.names[i] for i in zero]
+    return [
+        Finding(
+            "init.symmetric", "error", "initial", layer_of_leaf(evidence, names[0]),
+            f"Every gradient is exactly zero, now and after {evidence.steps} steps: {names[0]} "
+            + (f"and {len(names) - 1} more start " if len(names) > 1 else "starts ")
+            + "at zero, and what is multiplied by zero learns nothing. From a random draw the "
+            f"loss falls from {cured.first:.3g} to {cured.last:.3g}.",
+            {"layers": names, "gradient_norm": 0.0, "loss_from_a_random_draw": cured.last},
+            fix("init.symmetric"), 0.93,
         )
     ]  # fmt: skip
 

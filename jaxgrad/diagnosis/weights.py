@@ -18,6 +18,7 @@ _KEEPS = {
     "softplus": 1.0, "exp": 1.0,
 }  # fmt: skip
 
+_WELL = 0.5  # a run that takes this share off its loss is well enough
 _SMALL = 0.85  # between the weights of a linear layer, 0.71 of what a rectifier needs, and enough
 
 
@@ -79,6 +80,9 @@ def init_scale(evidence: Evidence) -> list[Finding]:
     found = [s for s in scales(evidence) if s.ratio > 0]
     if not found:
         return []
+    recurrent = _recurrence_too_large(evidence, found)
+    if recurrent:
+        return recurrent
     whole = compounded(found)
     ratios = np.array([s.ratio for s in found])
     if whole > 30 and ratios.max() > 2:
@@ -86,6 +90,53 @@ def init_scale(evidence: Evidence) -> list[Finding]:
     if whole < 1 / 30 and not evidence.improves:
         return _maybe_too_small(evidence, found)
     return []
+
+
+def _recurrence_too_large(evidence: Evidence, found: list[Scale]) -> list[Finding]:
+    """Matrices that are applied at every step of time, and enlarge what they are applied to.
+
+    The states stay bounded by their activation, so no loss shows it: the same training with these
+    matrices at the scale that keeps the state's tells it.
+    """
+    wide = [s for s in _recurrent(evidence, found) if s.ratio > 2]
+    own = max(evidence.progress(evidence.main), 0.0)
+    if not wide or own > _WELL:
+        return []
+    index, values = leaf_index(evidence), list(evidence.problem.values)
+    for scale in wide:
+        i = index[scale.affine.leaf]
+        values[i] = (values[i].astype(jnp.float32) / scale.ratio).astype(values[i].dtype)
+    cured = evidence.run_from(values)
+    if evidence.progress(cured) < max((2.0 if evidence.improves else 1.5) * own, own + 0.1):
+        return []
+    worst = wide[0]
+    return [
+        Finding(
+            "init.too_large", "warning" if evidence.improves else "error", "counterfactual",
+            worst.affine.leaf,
+            f"The recurrent matrix {worst.affine.leaf} enlarges the state at every step of time: "
+            f"variance times fan_in is {worst.gain:.3g}, and {worst.needed:g} would keep it. So "
+            f"scaled, the same training gets to {cured.last:.3g} instead of "
+            f"{evidence.main.last:.3g}.",
+            {"variance_times_fan_in": worst.gain, "needed": worst.needed,
+             "loss_as_given": evidence.main.last, "loss_with_the_needed_scale": cured.last,
+             "layers": [s.affine.leaf for s in wide]},
+            "recurrent_init = jax.nn.initializers.orthogonal()", 0.9,
+        )
+    ]  # fmt: skip
+
+
+def _recurrent(evidence: Evidence, found: list[Scale]) -> list[Scale]:
+    """The matrices of recurrences, each once: of hidden layers, and of the gates around them."""
+    index = leaf_index(evidence)
+    kept = {s.affine.leaf: s for s in found if s.affine.recurrent}
+    for activation in evidence.structure.activations:
+        for affine in activation.affine:
+            known = affine.leaf in index and affine.leaf not in kept
+            if activation.gate and affine.recurrent and known:
+                weights = np.asarray(evidence.problem.values[index[affine.leaf]], np.float64)
+                kept[affine.leaf] = Scale(activation, affine, float(np.std(weights)))
+    return list(kept.values())
 
 
 def loud(evidence: Evidence) -> dict[str, float] | None:

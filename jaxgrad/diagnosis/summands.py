@@ -1,0 +1,109 @@
+"""Terms of a loss that outweigh its fit to the data: a KL that keeps the latent code empty."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.diagnosis.evidence import Evidence
+from jaxgrad.diagnosis.passes import inputs_for, tappable
+from jaxgrad.diagnosis.problem import Problem
+from jaxgrad.diagnosis.training import Trainer
+from jaxgrad.diagnosis.wiring import Wiring
+from jaxgrad.graph import rewrite
+from jaxgrad.graph.ir import Lit, Ref, Value
+
+# Without the term, the rest of the loss falls so much further, and so much lower; with it, the run
+# has paid it off: it is this share of what it was, and next to nothing beside what it costs.
+_FURTHER, _LOWER, _PAID, _NOTHING = 1.2, 0.9, 0.1, 0.2
+
+
+def summands(wiring: Wiring) -> list[Value]:
+    """The scalars that the loss is the sum of, behind constant factors."""
+    found: list[Value] = []
+    queue: list[Ref] = [wiring.loss]
+    while queue:
+        ref = queue.pop()
+        if isinstance(ref, Lit) or ref not in wiring.live or wiring.shape(ref) != ():
+            continue
+        inner, op = wiring.origin(ref)
+        live = [r for r in op.inputs if not isinstance(r, Lit) and r in wiring.live] if op else []
+        if op is not None and op.name in ("add", "add_any", "sub"):
+            queue += op.inputs
+        elif (
+            op is not None
+            and len(live) == 1
+            and op.name in ("mul", "div")
+            and _sums(live[0], wiring)
+        ):
+            queue += live
+        elif not isinstance(inner, Lit):
+            found.append(inner)
+    return list(dict.fromkeys(found))
+
+
+def _sums(ref: Ref, wiring: Wiring) -> bool:
+    _, op = wiring.origin(ref)
+    return op is not None and op.name in ("add", "add_any", "sub") and wiring.shape(ref) == ()
+
+
+def fits_data(term: Value, wiring: Wiring) -> bool:
+    """Whether data meet the model's output in a term: a target, a label, an image to rebuild."""
+    for value in wiring.upstream([term]):
+        op = wiring.producer.get(value)
+        if op is None or value not in wiring.live or not wiring.is_head(value):
+            continue
+        inputs = [r for r in op.inputs if not isinstance(r, Lit)]
+        outside = [r for r in inputs if r in wiring.from_data and r not in wiring.depends]
+        if outside and any(r in wiring.live and r in wiring.from_data for r in inputs):
+            return True
+    return False
+
+
+def without(evidence: Evidence, term: Value) -> Problem | None:
+    """The problem with one term of its loss at zero."""
+    wiring, problem = evidence.wiring, evidence.problem
+    at = tappable(term, wiring)
+    if at is None or wiring.lengths[wiring.producer[at]]:
+        return None
+    tapped = rewrite.Tapped(
+        wiring.table, {at: 0}, lambda x, slot: (jnp.zeros_like(x), slot), jnp.zeros_like
+    )
+
+    def loss(params: Any, batch: Any, *key: Any) -> jax.Array:
+        args = inputs_for(problem, problem.flat(params), batch, *key)
+        return tapped.run(wiring.block, args, {0: jnp.zeros(())})[0][0]
+
+    return replace(problem, loss=loss, has_aux=False)
+
+
+def level(problem: Problem) -> Callable[[Any], float]:
+    """The mean loss over all batches, as a function of the parameters."""
+    value = jax.jit(problem.value)
+    return lambda values: float(np.mean([value(values, batch) for batch in problem.batches]))
+
+
+def outweighs(evidence: Evidence, term: Value) -> dict[str, float] | None:
+    """What the same training makes of the rest of the loss without a term; None if no more."""
+    run, rest = evidence.main, without(evidence, term)
+    if rest is None or run.stopped is not None:
+        return None
+    evidence.tell(f"training {evidence.steps} steps without a term of the loss")
+    free = Trainer(rest, evidence.optimizer, evidence.steps).run()
+    if free.stopped is not None:
+        return None
+    of_rest, of_all = level(rest), level(evidence.problem)
+    start, end = of_rest(evidence.problem.values), of_rest(run.values)
+    first, last = of_all(evidence.problem.values) - start, of_all(run.values) - end
+    best = of_rest(free.values)
+    if not best < _LOWER * end or not start - best > _FURTHER * (start - end):
+        return None
+    if not 0 <= last < min(_PAID * first, _NOTHING * (start - best)):
+        return None  # both are at odds to the end: a compromise, as it may be meant
+    return {
+        "rest_at_first": start, "rest_at_the_end": end, "rest_without_the_term": best,
+        "term_at_first": first, "term_at_the_end": last,
+    }  # fmt: skip
