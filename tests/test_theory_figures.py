@@ -131,6 +131,25 @@ def test_tanh_with_xavier_shrinks_as_a_power_of_depth():
     np.testing.assert_allclose((gains * np.arange(1, 801) ** 0.5)[[49, 799]], [0.847, 0.841], 2e-3)
 
 
+def test_tanh_with_xavier_at_two_hundred_layers_has_the_measured_gain():
+    depth, logs = 200, []
+    for net in range(6):
+        rng = np.random.default_rng([4, net])
+        w = rng.uniform(-(3**0.5), 3**0.5, (depth, WIDTH, WIDTH)).astype(np.float32) / WIDTH**0.5
+        h = [rng.standard_normal(WIDTH)]
+        for layer in w:
+            h.append(np.tanh(layer @ h[-1]))
+        g = rng.standard_normal(WIDTH)
+        top = np.linalg.norm(g)
+        for k in reversed(range(depth)):
+            g = w[k].T @ (g * (1 - h[k + 1] ** 2))
+        logs.append(np.log(np.linalg.norm(g) / top))
+    error = np.std(logs, ddof=1) / len(logs) ** 0.5
+    assert abs(np.mean(logs) - -3.40) < 4 * np.hypot(error, 0.25), logs
+    mean_field = np.log(0.0596)  # finite width takes a further half of L / n, or less
+    assert -depth / WIDTH - 4 * error < np.mean(logs) - mean_field < 4 * error
+
+
 def test_smooth_relatives_of_relu_contract_and_selu_explodes(x64):
     he = 2**0.5
     ratio = theory.variance_map("gelu", jnp.array([1.0, 10.0]), he) / jnp.array([1.0, 10.0])
