@@ -65,7 +65,7 @@ def test_a_warm_up_that_never_gets_anywhere_is_too_low_a_rate(steps: int, expect
     assert code(cross_entropy, dense(WIDTH, 32, CLASSES), data(), tx) == expected
 
 
-@pytest.mark.parametrize(("eps", "expected"), [(1e-8, None)])
+@pytest.mark.parametrize(("eps", "expected"), [(5.0, "lr.too_low"), (1e-8, None)])
 def test_an_epsilon_far_above_the_gradients_is_found(eps: float, expected: Any) -> None:
     report = examined(cross_entropy, dense(WIDTH, 64, CLASSES), data(), optax.adam(3e-3, eps=eps))
     assert (report.primary and report.primary.code) == expected
