@@ -85,6 +85,7 @@ def test_a_schedule_that_ends_after_a_few_large_steps_is_found(steps: int, expec
         (optax.chain(optax.apply_every(16), optax.sgd(0.4, momentum=0.9)), "accumulation.sums"),
         (optax.chain(optax.apply_every(16), optax.sgd(0.02, momentum=0.9)), None),
         (optax.MultiSteps(optax.sgd(0.2, momentum=0.9), 4), None),
+        (optax.MultiSteps(optax.sgd(0.2), 16), None),
     ],
 )
 def test_a_sum_that_momentum_hides_is_found_where_its_mean_learns(tx: Any, expected: Any) -> None:

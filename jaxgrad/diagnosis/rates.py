@@ -110,6 +110,8 @@ def _ends_early(evidence: Evidence) -> list[Finding]:
     """Steps that end, large as they were, while there is most of the loss to take off."""
     run = evidence.main
     own = evidence.progress(run)
+    if evidence.every > 1:  # between two updates of an accumulator there is none
+        return []
     if run.stopped is not None or own >= LEARNS or evidence.is_trained or not _runs_out(run):
         return []
     gained = evidence.progress(evidence.run(reference=True))
