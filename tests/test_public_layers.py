@@ -302,6 +302,7 @@ def test_the_running_state_of_a_norm_is_no_row_though_the_loss_depends_on_it(x64
         "SpectralNorm",
         "Dense",
     ]
+    assert flow.uncovered == ()
 
 
 # ------------------------------------------------------------------- nested loops

@@ -140,7 +140,9 @@ def uncovered(
     rows = {site.path for site in sites}
     for op, names in labels.uses.items():
         path = labels.path.get(op, ())
-        if any(path[:depth] in rows for depth in range(len(path) + 1)):
+        # a wrapper's (a spectral norm's) where what it wraps has a row
+        wraps = path and any(row[: len(path)] == path for row in rows)
+        if wraps or any(path[:depth] in rows for depth in range(len(path) + 1)):
             covered |= names
     tensors = {site.value for site in sites}
     for op, names in labels.begins.items():  # a learned initial state: the loop's rows are its own
