@@ -42,20 +42,19 @@ def carried(
     count, height = qr.mantissa.shape[-1], qr.left.shape[-2]
     if count == 0:
         return no_drift(drift.shape[:-3], 0, drift.dtype)
-    order = qr.order[..., None, :count]
-    drift = jnp.take_along_axis(drift, order[..., None], axis=-2)
-    drift = jnp.take_along_axis(drift, order[..., None, :], axis=-1)
-    present = qr.mantissa != 0
-    eye = jnp.eye(count, dtype=drift.dtype)
-    triangle = qr.triangle[..., :count] + jnp.where(present, 0, 1)[..., None] * eye
-    signs = _signs((SAMPLES, height, count), jnp.max(layers, initial=0), drift.dtype)
-    fresh = jnp.einsum("...mi,...mj,kmj->...kij", qr.left, qr.spread[..., :count], signs)
-    moved = jnp.matmul(triangle[..., None, :, :], drift) + fresh
-    drift = _divided(moved, triangle)
-    both = present[..., None] & present[..., None, :]
-    drift = jnp.where(both[..., None, :, :], drift, 0)
-    behind = jnp.minimum(_leads(qr.mantissa, qr.exponent), 0)
-    return jnp.clip(drift * jnp.exp2(behind)[..., None, :, :], -_MOST, _MOST)
+    # R X R^-1 in the old order of the modes, as R P^T X P R^-1: nothing but products
+    place = jnp.argsort(qr.order, axis=-1)
+    triangle = jnp.take_along_axis(qr.triangle, place[..., None, :], axis=-1)
+    inverse = jnp.take_along_axis(_inverse(qr), place[..., None], axis=-2)
+    signs = _signs((SAMPLES, height, place.shape[-1]), jnp.max(layers, initial=0), drift.dtype)
+    errors = qr.spread[..., None, :, :] * signs
+    moved = jnp.matmul(triangle[..., None, :, :], drift)
+    moved = moved + jnp.matmul(jnp.swapaxes(qr.left, -1, -2)[..., None, :, :], errors)
+    drift = jnp.matmul(moved, inverse[..., None, :, :])
+    damping = jnp.minimum(_ratios(qr.mantissa, qr.exponent), 1)[..., None, :, :]
+    damped = jnp.where(damping == 0, 0, drift * damping)
+    # too large for the dtype: all that counts is that nothing is known
+    return jnp.clip(jnp.nan_to_num(damped, nan=_MOST), -_MOST, _MOST)
 
 
 def inherited(
@@ -84,8 +83,9 @@ def log_errors(
     rest of the symmetric part counts by the ratio of the scales.
     """
     symmetric = (drift + jnp.swapaxes(drift, -1, -2)) / 2
-    leads = _leads(mantissa, exponent)
-    weight = jnp.exp2(-jnp.abs(jnp.where(jnp.isnan(leads), 0, leads)))[..., None, :, :]
+    ratios = _ratios(mantissa, exponent)
+    weight = jnp.minimum(ratios, jnp.swapaxes(ratios, -1, -2))
+    weight = jnp.where(jnp.isnan(weight), 1, weight)[..., None, :, :]
     return jnp.sqrt(jnp.mean(jnp.sum((weight * symmetric) ** 2, axis=-1), axis=-2))
 
 
@@ -99,19 +99,24 @@ def _signs(shape: tuple[int, ...], layers: Int[Array, ""], dtype) -> Array:
     bits = bits + layers.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return jnp.where((bits ^ (bits >> 16)) & 1 == 0, -1, 1).astype(dtype)
+    signs = jnp.where((bits ^ (bits >> 16)) & 1 == 0, -1, 1).astype(dtype)
+    return jax.lax.optimization_barrier(signs)  # hashed once, not once for every example
 
 
-def _leads(mantissa: Array, exponent: Array) -> Array:
-    """Entry (i, j): by how much, to base 2, mode j exceeds mode i; 0 where one is absent."""
-    level = scale.log2_of(jnp.where(mantissa == 0, 1, mantissa), exponent)
+def _ratios(mantissa: Array, exponent: Array) -> Array:
+    """Entry (i, j): the scale of mode j over that of mode i; 0 where one is absent."""
     present = mantissa != 0
     both = present[..., None] & present[..., None, :]
-    return jnp.where(both, level[..., None, :] - level[..., None], 0)
+    ratio = mantissa[..., None, :] / jnp.where(present, mantissa, 1)[..., None]
+    return jnp.where(both, scale.shifted(ratio, exponent[..., None, :] - exponent[..., None]), 0)
 
 
-def _divided(matrices: Array, triangle: Array) -> Array:
-    """`X R^-1` for every sample X, as one system: the samples' rows below each other."""
-    *batch, samples, count, _ = matrices.shape
-    rows = matrices.reshape(*batch, samples * count, count)
-    return jax.lax.linalg.triangular_solve(triangle, rows).reshape(matrices.shape)
+def _inverse(qr: GradedQR) -> Array:
+    """`R^-1`, with rows of zero for columns beyond its square part; absent modes have no part."""
+    count, width = qr.triangle.shape[-2:]
+    absent = (qr.mantissa == 0)[..., None] * jnp.eye(count, dtype=qr.triangle.dtype)
+    square = qr.triangle[..., :count] + absent
+    eye = jnp.broadcast_to(jnp.eye(count, dtype=square.dtype), square.shape)
+    inverse = jax.lax.linalg.triangular_solve(square, eye)
+    widths = [(0, 0)] * (inverse.ndim - 2) + [(0, width - count), (0, 0)]
+    return jnp.pad(inverse, widths)

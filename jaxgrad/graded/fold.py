@@ -14,7 +14,7 @@ from jaxgrad.graded.product import Graded, Pending
 # The relative rounding error that one run may make: a fiftieth of what the certificate vouches for,
 # since it multiplies by ten, and errors of 25 runs add up to five times one.
 _BUDGET = {"float32": 2e-5, "float64": 2e-12}
-_LONGEST_RUN = 32
+_FIRST_RUN, _LONGEST_RUN = 4, 32
 
 
 def graded_product(
@@ -111,12 +111,12 @@ def multiplied_by_stack(product: Graded, matrices: Float[Array, "length *batch n
         # that is bound to fail be tried at every layer.
         growth = jnp.maximum(jnp.minimum(used, 2 * room) / length, 0.95 * run.growth)
         longest = jnp.clip(0.9 * room / jnp.maximum(growth, 1e-3), 1, _LONGEST_RUN)
-        longest = jnp.minimum(longest.astype(jnp.int32), 2 * length)
+        longest = jnp.minimum(longest.astype(jnp.int32), 4 * length)
         longest = jnp.where(accepted, longest, jnp.minimum(longest, jnp.maximum(length // 2, 1)))
         product = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), product, run.product)
         return _Run(product, run.position + jnp.where(accepted, length, 0), longest, growth)
 
-    start = _Run(product, jnp.int32(0), jnp.int32(1), jnp.zeros((), product.dtype))
+    start = _Run(product, jnp.int32(0), jnp.int32(_FIRST_RUN), jnp.zeros((), product.dtype))
     return jax.lax.while_loop(lambda run: run.position < total, advance, start).product
 
 

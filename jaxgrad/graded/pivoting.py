@@ -31,7 +31,7 @@ class GradedQR(NamedTuple):
 
     left: Float[Array, "*batch m s"]  # orthonormal columns; zero where d' is
     triangle: Float[Array, "*batch s r"]  # of C P, zero where d' is
-    spread: Float[Array, "*batch m r"]  # rounding errors of C P and of this QR, in units of eps
+    spread: Float[Array, "*batch m r"]  # rounding errors of C and of this QR, in units of eps
     mantissa: Float[Array, "*batch s"]
     exponent: Int[Array, "*batch s"]
     unit: Float[Array, "*batch s r"]  # unit upper triangular, entries of order one
@@ -53,7 +53,7 @@ class Columns(NamedTuple):
     exponent: Int[Array, "*batch r"]
     rows: Float[Array, "*batch m"]
     noise: Float[Array, "*batch r"]
-    spread: Float[Array, "*batch m r"]  # the same entry by entry, where it is known
+    spread: Float[Array, "*batch m r"] | None = None  # entry by entry, where that is known
 
 
 def graded_qr(columns: Columns, repair: bool | Bool[Array, ""] = True) -> GradedQR:
@@ -65,11 +65,14 @@ def graded_qr(columns: Columns, repair: bool | Bool[Array, ""] = True) -> Graded
     """
     if 0 in columns.values.shape[-2:]:
         return _empty_qr(columns)
+    if columns.spread is None:
+        columns = columns._replace(spread=columns.rows[..., None] * columns.noise[..., None, :])
     normalized = _with_normalized_columns(columns)
     qr = _pivoted_qr(normalized, jnp.asarray(repair))
-    shift = jnp.take_along_axis(normalized.exponent - columns.exponent, qr.order, axis=-1)
+    shift = normalized.exponent - columns.exponent
+    in_order = jnp.take_along_axis(shift, qr.order, axis=-1)
     return qr._replace(
-        triangle=scale.shifted(qr.triangle, shift[..., None, :]),
+        triangle=scale.shifted(qr.triangle, in_order[..., None, :]),
         spread=scale.shifted(qr.spread, shift[..., None, :]),
     )
 
@@ -89,7 +92,7 @@ def _empty_qr(columns: Columns) -> GradedQR:
     return GradedQR(
         left=jnp.zeros((*batch, height, 0), none.dtype),
         triangle=jnp.zeros((*batch, 0, width), none.dtype),
-        spread=columns.spread,
+        spread=jnp.zeros_like(columns.values),
         mantissa=none,
         exponent=none.astype(jnp.int32),
         unit=jnp.zeros((*batch, 0, width), none.dtype),
@@ -141,6 +144,9 @@ def _pivoted_qr_of_batch(axis_size, in_batched, *arguments):
 
 def _qr_in_order(columns: Columns, order) -> GradedQR:
     """QR with the columns in a given order."""
+    sizes = jnp.linalg.norm(columns.values, axis=-2)
+    own = row_scales(columns.values)[..., None] * sizes[..., None, :]
+    spread = _ROUNDING * jnp.sqrt(columns.spread**2 + own**2)
     columns = _in_order(columns, order)
     left, triangle = _qr_with_sorted_rows(columns.values)
     count = triangle.shape[-2]
@@ -157,11 +163,6 @@ def _qr_in_order(columns: Columns, order) -> GradedQR:
     left, triangle = left * sign[..., None, :], triangle * sign[..., None]
     wrong = stray | (coupling > _LARGEST_COUPLING)
     error = jnp.where(zero, 0, error)
-    own = (
-        row_scales(columns.values)[..., None]
-        * jnp.linalg.norm(columns.values, axis=-2)[..., None, :]
-    )
-    spread = _ROUNDING * jnp.sqrt(columns.spread**2 + own**2)
     died = zero & ~was_zero
     return GradedQR(left, triangle, spread, mantissa, exponent, unit, order, error, died, wrong)
 

@@ -220,8 +220,7 @@ class Pending:
         """Nothing is pending."""
         noise = jnp.zeros_like(product.mantissa)
         rows = row_scales(product.left)
-        spread = jnp.zeros_like(product.left)
-        columns = Columns(product.left, product.mantissa, product.exponent, rows, noise, spread)
+        columns = Columns(product.left, product.mantissa, product.exponent, rows, noise)
         most = jnp.full(product.mantissa.shape[:-1], product.mantissa.shape[-1], jnp.int32)
         return Pending(columns, product.right, product.evidence, most)
 
@@ -256,11 +255,10 @@ class Pending:
         mantissa = jnp.where(finite[..., None], old.mantissa, jnp.nan)
         noise = jnp.sqrt(gain * old.noise**2 + fresh)
         rows = row_scales(matrix)
+        spread = old.spread
         if first:
             sizes = jnp.where(rows == 0, 1, rows)[..., None]
             spread = sizes * jnp.sqrt(jnp.matmul((matrix / sizes) ** 2, old.values**2))
-        else:
-            spread = rows[..., None] * noise[..., None, :]
         exponent = old.exponent + shift[..., None]
         columns = Columns(values, mantissa, exponent, rows, noise, spread)
         return replace(self, columns=columns, most=most)
@@ -271,8 +269,9 @@ class Pending:
         """Moves what the pending layers did into the scales.
 
         Args:
-            repair: Whether a wrong order of the columns is mended, by a slow path. Without it the
-                loss of such a product is inf.
+            repair: Whether a single layer is pending: a wrong order of the columns is then mended,
+                by a slow path, and its errors are known entry by entry. Without it the loss of such
+                a product is inf.
 
         Returns:
             The product, and the largest relative rounding error that the pending layers made: inf
@@ -280,6 +279,9 @@ class Pending:
         """
         nan = jnp.isnan(self.columns.mantissa)
         columns = self.columns._replace(mantissa=jnp.where(nan, 0.5, self.columns.mantissa))
+        if columns.spread is not None:
+            outer = columns.rows[..., None] * columns.noise[..., None, :]
+            columns = columns._replace(spread=jnp.where(repair, columns.spread, outer))
         qr = graded_qr(columns, repair)
         mantissa, exponent, evidence = after(qr, nan, self.evidence, self.most)
         right = jnp.take_along_axis(self.right, qr.order[..., None], axis=-2)

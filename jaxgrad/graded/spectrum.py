@@ -133,8 +133,7 @@ def _singular_values(factor, mantissa, exponent) -> tuple:
 def _settled(values, mantissa, exponent, evidence) -> tuple[GradedQR, tuple]:
     nan = jnp.isnan(mantissa)
     noise = jnp.zeros_like(mantissa)
-    rows, spread = row_scales(values), jnp.zeros_like(values)
-    columns = Columns(values, jnp.where(nan, 0.5, mantissa), exponent, rows, noise, spread)
+    columns = Columns(values, jnp.where(nan, 0.5, mantissa), exponent, row_scales(values), noise)
     qr = graded_qr(columns)
     return qr, after(qr, nan, evidence)
 
