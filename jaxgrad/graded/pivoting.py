@@ -53,7 +53,7 @@ class Columns(NamedTuple):
     exponent: Int[Array, "*batch r"]
     rows: Float[Array, "*batch m"]
     noise: Float[Array, "*batch r"]
-    spread: Float[Array, "*batch m r"] | None = None  # entry by entry, where that is known
+    spread: Float[Array, "*batch m r"]  # the same entry by entry, where that is known
 
 
 def graded_qr(columns: Columns, repair: bool | Bool[Array, ""] = True) -> GradedQR:
@@ -65,8 +65,6 @@ def graded_qr(columns: Columns, repair: bool | Bool[Array, ""] = True) -> Graded
     """
     if 0 in columns.values.shape[-2:]:
         return _empty_qr(columns)
-    if columns.spread is None:
-        columns = columns._replace(spread=columns.rows[..., None] * columns.noise[..., None, :])
     normalized = _with_normalized_columns(columns)
     qr = _pivoted_qr(normalized, jnp.asarray(repair))
     shift = normalized.exponent - columns.exponent

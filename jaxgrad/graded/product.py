@@ -220,7 +220,8 @@ class Pending:
         """Nothing is pending."""
         noise = jnp.zeros_like(product.mantissa)
         rows = row_scales(product.left)
-        columns = Columns(product.left, product.mantissa, product.exponent, rows, noise)
+        nothing = jnp.zeros_like(product.left)
+        columns = Columns(product.left, product.mantissa, product.exponent, rows, noise, nothing)
         most = jnp.full(product.mantissa.shape[:-1], product.mantissa.shape[-1], jnp.int32)
         return Pending(columns, product.right, product.evidence, most)
 
@@ -279,9 +280,8 @@ class Pending:
         """
         nan = jnp.isnan(self.columns.mantissa)
         columns = self.columns._replace(mantissa=jnp.where(nan, 0.5, self.columns.mantissa))
-        if columns.spread is not None:
-            outer = columns.rows[..., None] * columns.noise[..., None, :]
-            columns = columns._replace(spread=jnp.where(repair, columns.spread, outer))
+        outer = columns.rows[..., None] * columns.noise[..., None, :]
+        columns = columns._replace(spread=jnp.where(repair, columns.spread, outer))
         qr = graded_qr(columns, repair)
         mantissa, exponent, evidence = after(qr, nan, self.evidence, self.most)
         right = jnp.take_along_axis(self.right, qr.order[..., None], axis=-2)

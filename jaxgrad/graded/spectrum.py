@@ -133,7 +133,8 @@ def _singular_values(factor, mantissa, exponent) -> tuple:
 def _settled(values, mantissa, exponent, evidence) -> tuple[GradedQR, tuple]:
     nan = jnp.isnan(mantissa)
     noise = jnp.zeros_like(mantissa)
-    columns = Columns(values, jnp.where(nan, 0.5, mantissa), exponent, row_scales(values), noise)
+    rows, spread = row_scales(values), jnp.zeros_like(values)
+    columns = Columns(values, jnp.where(nan, 0.5, mantissa), exponent, rows, noise, spread)
     qr = graded_qr(columns)
     return qr, after(qr, nan, evidence)
 
