@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 import scipy.integrate
 import scipy.stats
@@ -332,3 +333,62 @@ def test_the_noise_scale_is_unbiased_as_a_ratio_of_means_only():
     influence = (trace - ratio * square) / square.mean()
     assert abs(ratio - truth) < 4 * influence.std() / draws**0.5
     assert np.mean(trace / square) > truth + 4 * np.std(trace / square) / draws**0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [22, 30])
+def test_he_trains_as_deep_as_xavier_stays_at_chance(depth):
+    """He et al. 2015, figures 2 and 3: 22 ReLU layers move slowly under Xavier, 30 do not.
+
+    Width 64 on the digits, SGD with momentum, 1,000 steps, three seeds each.
+    """
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    x, y = (jnp.asarray(part) for part in datasets.load_digits(return_X_y=True))
+    x = ((x - x.mean()) / x.std()).astype(jnp.float32)
+    tx = optax.sgd(3e-3, momentum=0.9)
+
+    def init(key, variance):
+        keys = jax.random.split(key, depth)
+        sizes = [(64, 64)] * (depth - 1) + [(64, 10)]
+        layers = [
+            jax.random.normal(k, size) * jnp.sqrt(variance / 64)
+            for k, size in zip(keys, sizes, strict=True)
+        ]
+        return jnp.stack(layers[:-1]), jnp.zeros((depth - 1, 64)), layers[-1], jnp.zeros(10)
+
+    def logits(params, inputs):
+        kernels, biases, kernel, bias = params
+
+        def layer(h, weights):
+            return jax.nn.relu(h @ weights[0] + weights[1]), None
+
+        return jax.lax.scan(layer, inputs, (kernels, biases))[0] @ kernel + bias
+
+    def loss(params, chosen):
+        terms = optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, x[chosen]), y[chosen]
+        )
+        return terms.mean()
+
+    @jax.jit
+    @jax.vmap
+    def accuracy(key, variance):
+        def step(carry, key):
+            params, state = carry
+            grads = jax.grad(loss)(params, jax.random.randint(key, (64,), 0, len(x)))
+            updates, state = tx.update(grads, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = init(key, variance)
+        start = params, tx.init(params)
+        (params, _), _ = jax.lax.scan(step, start, jax.random.split(key, 1000))
+        return jnp.mean(jnp.argmax(logits(params, x), -1) == y)
+
+    keys = jnp.concatenate([jax.random.split(jax.random.key(0), 3)] * 2)
+    reached = np.asarray(accuracy(keys, jnp.repeat(jnp.array([1.0, 2.0]), 3)))
+    if depth == 30:
+        assert np.all(reached[3:] > 0.8)
+        assert np.all(reached[:3] < 0.3)  # a tenth is chance, a fifth two classes
+    else:
+        assert np.all(reached[3:] > 0.97)
+        assert np.all((reached[:3] > 0.15) & (reached[:3] < 0.9))
