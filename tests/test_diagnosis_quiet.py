@@ -10,6 +10,8 @@ import optax
 import pytest
 
 import jaxgrad as jg
+from jaxgrad.diagnosis.causes import judge
+from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.problem import make_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -206,3 +208,21 @@ def test_a_divergence_that_empties_the_code_dominates(weight: float, expected: A
         return fit + weight * 0.5 * (jnp.exp(log_var) + mean**2 - 1 - log_var).sum(-1).mean()
 
     assert code(loss, params, batches, optax.adam(5e-3)) == expected
+
+
+# ------------------------------------------------------------------------------- what comes first
+
+
+@pytest.mark.parametrize(
+    ("cured", "first"), [(0.6, "norm.post_ln_without_warmup"), (0.0, "attention.rank_collapse")]
+)
+def test_tokens_that_are_alike_are_no_cause_where_gentler_steps_train(cured, first):
+    collapse = Finding("attention.rank_collapse", "error", "initial", "a", "", {}, "", 0.9)
+    post_ln = Finding(
+        "norm.post_ln_without_warmup", "error", "counterfactual", "b", "",
+        {"taken_off_with_warmup": cured, "taken_off_at_lower_rates": 0.0}, "", 0.85,
+    )  # fmt: skip
+    primary, findings = judge([collapse, post_ln])
+    assert primary is not None
+    assert primary.code == first
+    assert sum(f.is_alarm for f in findings) == 1

@@ -45,6 +45,11 @@ def rank(finding: Finding) -> int | float:
         return 1.5
     if finding.code == "init.too_large" and finding.stage == "counterfactual":
         return _PLACE["unit.saturated"] - 0.5  # the state is at its bounds because of it
+    gentler = [
+        finding.evidence.get(f"taken_off_{k}", 0.0) for k in ("with_warmup", "at_lower_rates")
+    ]
+    if finding.code == "norm.post_ln_without_warmup" and max(gentler) > 0.1:
+        return _PLACE["attention.rank_collapse"] - 0.5  # the same start trains with gentler steps
     if finding.code == "attention.logit_growth" and finding.stage == "running":
         return len(_CHAIN)
     for i, group in enumerate(_CHAIN):
