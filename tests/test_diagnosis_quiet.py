@@ -1,61 +1,24 @@
 """Diagnosis of faults that let the loss fall a little and raise no alarm, each beside its twin."""
 
+import functools
 import math
 from typing import Any
 
+import diagnosis_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from diagnosis_cases import CLASSES, WIDTH, cross_entropy, dense, examined, net, primary
 
-import jaxgrad as jg
 from jaxgrad.diagnosis.causes import judge
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.problem import make_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-WIDTH, CLASSES = 8, 4
-
-
-def dense(*sizes: int, gain: float = 2.0, seed: int = 1) -> list[Any]:
-    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
-    return [
-        {"w": jax.random.normal(k, (m, n)) * math.sqrt(gain / m), "b": jnp.zeros(n)}
-        for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
-    ]
-
-
-def net(layers: Any, x: Any) -> Any:
-    for layer in layers[:-1]:
-        x = jax.nn.relu(x @ layer["w"] + layer["b"])
-    return x @ layers[-1]["w"] + layers[-1]["b"]
-
-
-def data(size: int = 32, count: int = 16, noise: float = 0.0) -> list[Any]:
-    """Batches of inputs and the class of the largest of four linear functions of them."""
-    rng = np.random.default_rng(0)
-    w = rng.standard_normal((WIDTH, CLASSES))
-    xs = [rng.standard_normal((size, WIDTH)).astype(np.float32) for _ in range(count)]
-    scores = [x @ w + noise * rng.standard_normal((size, CLASSES)) for x in xs]
-    return [(x, np.argmax(s, 1).astype(np.int32)) for x, s in zip(xs, scores, strict=True)]
-
-
-def cross_entropy(layers: Any, batch: Any) -> Any:
-    logits = net(layers, batch[0])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
-
-
-def examined(loss: Any, params: Any, batches: Any, tx: Any) -> jg.Report:
-    report = jg.diagnose(loss, params, batches[0], optimizer=tx, batches=batches)
-    assert not report.notes, report.notes
-    return report
-
-
-def code(*args: Any) -> str | None:
-    primary = examined(*args).primary
-    return None if primary is None else primary.code
+data = functools.partial(diagnosis_cases.data, count=16)
 
 
 # --------------------------------------------------------------------------- the optimizer
@@ -64,12 +27,12 @@ def code(*args: Any) -> str | None:
 @pytest.mark.parametrize(("steps", "expected"), [(300_000, "lr.too_low"), (1_000, None)])
 def test_a_warm_up_that_never_gets_anywhere_is_too_low_a_rate(steps: int, expected: Any) -> None:
     tx = optax.adamw(optax.linear_schedule(0.0, 3e-3, steps))
-    assert code(cross_entropy, dense(WIDTH, 32, CLASSES), data(), tx) == expected
+    assert primary(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), tx) == expected
 
 
 @pytest.mark.parametrize(("eps", "expected"), [(5.0, "lr.too_low"), (1e-8, None)])
 def test_an_epsilon_far_above_the_gradients_is_found(eps: float, expected: Any) -> None:
-    report = examined(cross_entropy, dense(WIDTH, 64, CLASSES), data(), optax.adam(3e-3, eps=eps))
+    report = examined(cross_entropy, dense((WIDTH, 64, CLASSES)), data(), optax.adam(3e-3, eps=eps))
     assert (report.primary and report.primary.code) == expected
     if report.primary is not None:
         assert "epsilon" in report.primary.cause
@@ -78,7 +41,7 @@ def test_an_epsilon_far_above_the_gradients_is_found(eps: float, expected: Any) 
 @pytest.mark.parametrize(("steps", "expected"), [(5, "lr.too_low"), (400, None)])
 def test_a_schedule_that_ends_after_a_few_large_steps_is_found(steps: int, expected: Any) -> None:
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    assert code(cross_entropy, dense(WIDTH, 32, CLASSES), data(), tx) == expected
+    assert primary(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), tx) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,21 +54,21 @@ def test_a_schedule_that_ends_after_a_few_large_steps_is_found(steps: int, expec
     ],
 )
 def test_a_sum_that_momentum_hides_is_found_where_its_mean_learns(tx: Any, expected: Any) -> None:
-    assert code(cross_entropy, dense(WIDTH, 32, CLASSES), data(), tx) == expected
+    assert primary(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), tx) == expected
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1, "batch.too_small"), (32, None)])
 def test_single_examples_are_not_learned_by_heart(size: int, expected: Any) -> None:
-    batches = data(size, 128 if size == 1 else 16, noise=1.0)
-    assert code(cross_entropy, dense(WIDTH, 64, CLASSES), batches, optax.sgd(0.5)) == expected
+    batches = data(size, count=128 if size == 1 else 16, noise=1.0)
+    assert primary(cross_entropy, dense((WIDTH, 64, CLASSES)), batches, optax.sgd(0.5)) == expected
 
 
 def test_more_batches_are_taken_where_each_holds_next_to_nothing() -> None:
     def count(size: int) -> int:
-        batches = data(size, 200)
+        batches = data(size, count=200)
         return len(
             make_problem(
-                cross_entropy, dense(WIDTH, CLASSES), batches[0], batches=batches, has_aux=False,
+                cross_entropy, dense((WIDTH, CLASSES)), batches[0], batches=batches, has_aux=False,
                 key=None, trainable=None,
             ).batches
         )  # fmt: skip
@@ -133,7 +96,7 @@ def test_two_tables_of_zeros_never_move(second: float, expected: Any) -> None:
         "left": jnp.zeros((50, 4)),
         "right": second * jax.random.normal(jax.random.key(0), (50, 4)),
     }
-    assert code(loss, tables, batches, optax.adam(3e-2)) == expected
+    assert primary(loss, tables, batches, optax.adam(3e-2)) == expected
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(4.0, "init.too_large"), (1.0, None)])
@@ -174,7 +137,7 @@ def test_a_binary_likelihood_that_is_minimized_is_found(sign: float, expected: A
         p = jnp.clip(jax.nn.sigmoid(net(layers, batch[0])[:, 0]), 1e-6, 1 - 1e-6)
         return sign * (batch[1] * jnp.log(p) + (1 - batch[1]) * jnp.log(1 - p)).mean()
 
-    assert code(loss, dense(WIDTH, 32, 1), batches, optax.adam(3e-3)) == expected
+    assert primary(loss, dense((WIDTH, 32, 1)), batches, optax.adam(3e-3)) == expected
 
 
 @pytest.mark.parametrize(("raw", "expected"), [(True, "data.unnormalized"), (False, None)])
@@ -190,7 +153,7 @@ def test_raw_columns_and_raw_targets_are_found_together(raw: bool, expected: Any
     def loss(layers: Any, batch: Any) -> Any:
         return jnp.mean((net(layers, batch[0])[:, 0] - batch[1]) ** 2)
 
-    assert code(loss, dense(4, 32, 32, 1), batches, optax.adam(2e-3)) == expected
+    assert primary(loss, dense((4, 32, 32, 1)), batches, optax.adam(2e-3)) == expected
 
 
 @pytest.mark.parametrize(("weight", "expected"), [(100.0, "regularization.dominates"), (1.0, None)])
@@ -199,7 +162,7 @@ def test_a_divergence_that_empties_the_code_dominates(weight: float, expected: A
     mix = rng.standard_normal((3, 16))
     xs = [(rng.standard_normal((64, 3)) @ mix).astype(np.float32) for _ in range(16)]
     batches = [(x, rng.standard_normal((64, 4)).astype(np.float32)) for x in xs]
-    params = {"in": dense(16, 32, 8, gain=1.0), "out": dense(4, 32, 16)}
+    params = {"in": dense((16, 32, 8), gain=1.0), "out": dense((4, 32, 16))}
 
     def loss(params: Any, batch: Any) -> Any:
         mean, log_var = jnp.split(net(params["in"], batch[0]), 2, -1)
@@ -207,7 +170,7 @@ def test_a_divergence_that_empties_the_code_dominates(weight: float, expected: A
         fit = jnp.square(net(params["out"], z) - batch[0]).sum(-1).mean()
         return fit + weight * 0.5 * (jnp.exp(log_var) + mean**2 - 1 - log_var).sum(-1).mean()
 
-    assert code(loss, params, batches, optax.adam(5e-3)) == expected
+    assert primary(loss, params, batches, optax.adam(5e-3)) == expected
 
 
 # ------------------------------------------------------------------------------- what comes first
@@ -222,7 +185,7 @@ def test_tokens_that_are_alike_are_no_cause_where_gentler_steps_train(cured, fir
         "norm.post_ln_without_warmup", "error", "counterfactual", "b", "",
         {"taken_off_with_warmup": cured, "taken_off_at_lower_rates": 0.0}, "", 0.85,
     )  # fmt: skip
-    primary, findings = judge([collapse, post_ln])
-    assert primary is not None
-    assert primary.code == first
+    chosen, findings = judge([collapse, post_ln])
+    assert chosen is not None
+    assert chosen.code == first
     assert sum(f.is_alarm for f in findings) == 1

@@ -24,6 +24,8 @@ from jaxgrad.optim.reading import flattened, read_steps
 Progress = Callable[[str], None]
 # A run that takes this share off its loss is learning.
 LEARNS = 0.3
+# One that takes this share off is well enough: other circumstances are not tried.
+WELL = 0.5
 # A loss below this share of a guess's is that of a model that knows something.
 KNOWS = 0.7
 _STEPS = (80, 160)
@@ -189,6 +191,12 @@ class Evidence:
     def main(self) -> Run:
         """The training as given."""
         return self.run()
+
+    @functools.cached_property
+    def longer(self) -> Run:
+        """The training as given, three times as long: a slow start is no fault."""
+        self.tell(f"training {3 * self.steps} steps as given")
+        return Trainer(self.problem, self.optimizer, 3 * self.steps).run()
 
     def progress(self, run: Run) -> float:
         """The share of its loss that a run took off, from the smaller of first loss and a guess's.

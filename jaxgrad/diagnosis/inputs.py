@@ -12,7 +12,6 @@ from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.parts import Affine
-from jaxgrad.diagnosis.training import Trainer
 from jaxgrad.diagnosis.units import saturated
 from jaxgrad.diagnosis.weights import loud, rms
 from jaxgrad.graph.ir import Value
@@ -189,8 +188,7 @@ def _worse_than_the_mean(
     cured = evidence.run_from(stack=stack)
     if level is None or not cured.last < 0.7 * level:
         return None
-    evidence.tell(f"training {3 * evidence.steps} steps as given")
-    longer = Trainer(problem, evidence.optimizer, 3 * evidence.steps).run()
+    longer = evidence.longer
     share, cured_share = longer.last / constant, cured.last / level
     if share < 0.7 and not share > max(0.25, 10 * cured_share):
         return None

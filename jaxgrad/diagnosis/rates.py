@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.diagnosis.epsilon import epsilon
-from jaxgrad.diagnosis.evidence import LEARNS, Evidence
+from jaxgrad.diagnosis.evidence import LEARNS, WELL, Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.problem import FEW, Problem, count_examples
 from jaxgrad.diagnosis.training import Run, Trainer
 
-# a run that takes this share off its loss is not compared with lower rates
-_WELL = 0.5
 # Share of its spread over the data that an output has left: of a collapsed one at most, of another
 # one at least.
 _FORGOTTEN, _REMEMBERED = 1e-3, 0.03
@@ -33,7 +31,7 @@ def learning_rate(evidence: Evidence) -> list[Finding]:
     if too_low:
         return too_low
     collapsed = _collapse(evidence)
-    well = evidence.progress(evidence.main) >= _WELL and not _shaken(evidence)
+    well = evidence.progress(evidence.main) >= WELL and not _shaken(evidence)
     if well and not collapsed:
         return []
     return _too_high(evidence, collapsed)
@@ -204,9 +202,7 @@ def _recovers(evidence: Evidence, factor: float) -> bool:
     """Whether the run as given, left alone, gets further than the slower one: a bad start only."""
     if evidence.main.stopped is not None:
         return False
-    evidence.tell(f"training {3 * evidence.steps} steps as given")
-    longer = Trainer(evidence.problem, evidence.optimizer, 3 * evidence.steps).run()
-    return longer.last < evidence.run(scale=factor).last
+    return evidence.longer.last < evidence.run(scale=factor).last
 
 
 def _beyond_frequencies(evidence: Evidence, run: Run, factor: float) -> bool:

@@ -1,12 +1,10 @@
 """Terms of a loss that outweigh its fit to the data: a KL that keeps the latent code empty."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.passes import inputs_for, tappable
@@ -80,22 +78,17 @@ def without(evidence: Evidence, term: Value) -> Problem | None:
     return replace(problem, loss=loss, has_aux=False)
 
 
-def level(problem: Problem) -> Callable[[Any], float]:
-    """The mean loss over all batches, as a function of the parameters."""
-    value = jax.jit(problem.value)
-    return lambda values: float(np.mean([value(values, batch) for batch in problem.batches]))
-
-
 def outweighs(evidence: Evidence, term: Value) -> dict[str, float] | None:
     """What the same training makes of the rest of the loss without a term; None if no more."""
     run, rest = evidence.main, without(evidence, term)
     if rest is None or run.stopped is not None:
         return None
     evidence.tell(f"training {evidence.steps} steps without a term of the loss")
-    free = Trainer(rest, evidence.optimizer, evidence.steps).run()
+    trainer = Trainer(rest, evidence.optimizer, evidence.steps)
+    free = trainer.run()
     if free.stopped is not None:
         return None
-    of_rest, of_all = level(rest), level(evidence.problem)
+    of_rest, of_all = trainer.level, evidence.trainer.level
     start, end = of_rest(evidence.problem.values), of_rest(run.values)
     first, last = of_all(evidence.problem.values) - start, of_all(run.values) - end
     best = of_rest(free.values)

@@ -110,7 +110,7 @@ class Trainer:
         )
         self.own = tx is not None
         self._compiled_begin = jax.jit(self._begin)
-        self._compiled_level = jax.jit(self._level)
+        self._compiled_loss = jax.jit(self._loss)
         self._few = (count_examples(problem.batch) or FEW) < FEW
         self._compiled_step = jax.jit(self._step, donate_argnums=0)
         self.stack = jax.tree.map(
@@ -167,13 +167,20 @@ class Trainer:
         figures |= {"loss": loss.astype(jnp.float32), "finite": jnp.isfinite(loss)}
         return (moved, (own_state, ref_state), good), figures | {"good": good}
 
-    def _level(self, values: list[Array], stack: PyTree) -> Array:
-        """Mean loss of all batches: that of one or two examples is noise."""
+    def _loss(self, values: list[Array], stack: PyTree, t: Array) -> Array:
+        return self.problem.value(values, self._batch(stack, t))
 
-        def one(t: Array) -> Array:
-            return self.problem.value(values, self._batch(stack, t))
+    def level(self, values: Sequence[Array], stack: PyTree = None) -> float:
+        """Mean loss of all batches: that of one or two examples is noise.
 
-        return jnp.mean(jax.lax.map(one, jnp.arange(len(self.problem.batches))))
+        Args:
+            values: the parameters.
+            stack: batches, stacked along a first axis; None for the problem's own.
+        """
+        stack = self.stack if stack is None else stack
+        times = range(len(self.problem.batches))
+        each = [self._compiled_loss(list(values), stack, np.int32(t)) for t in times]
+        return float(np.mean(jax.device_get(each)))
 
     def check(self) -> None:
         """Traces the training, which raises what the optimizer raises."""
@@ -209,7 +216,7 @@ class Trainer:
         }
         stack = self.stack if stack is None else stack
         start = list(self.problem.values if values is None else values)
-        before = float(self._compiled_level(start, stack)) if self._few else 0.0
+        before = self.level(start, stack) if self._few else 0.0
         carry = self._compiled_begin(start)
         each = []
         # no scan: in a loop of XLA's on a CPU, a convolution takes up to thirty times as long
@@ -225,7 +232,7 @@ class Trainer:
             losses, rows["gradient_norm"], rows["update_norm"], rows["alignment"],
             rows["weight_rms"], rows["gradient_rms"], rows["update_rms"], rows["rounded_away"],
             carry[0], stopped, finite,
-            (before, float(self._compiled_level(carry[0], stack))) if self._few else None,
+            (before, self.level(carry[0], stack)) if self._few else None,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.diagnosis.evidence import Evidence, leaf_index
+from jaxgrad.diagnosis.evidence import WELL, Evidence, leaf_index
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.parts import Activation, Affine
@@ -18,7 +18,6 @@ _KEEPS = {
     "softplus": 1.0, "exp": 1.0,
 }  # fmt: skip
 
-_WELL = 0.5  # a run that takes this share off its loss is well enough
 _SMALL = 0.85  # between the weights of a linear layer, 0.71 of what a rectifier needs, and enough
 
 
@@ -100,7 +99,7 @@ def _recurrence_too_large(evidence: Evidence, found: list[Scale]) -> list[Findin
     """
     wide = [s for s in _recurrent(evidence, found) if s.ratio > 2]
     own = max(evidence.progress(evidence.main), 0.0)
-    if not wide or own > _WELL:
+    if not wide or own > WELL:
         return []
     index, values = leaf_index(evidence), list(evidence.problem.values)
     for scale in wide:
