@@ -5,6 +5,13 @@ from jaxgrad.diagnosis.wiring import Wiring
 from jaxgrad.graph import compat
 from jaxgrad.graph.ir import Lit, Op, Ref, Value, value_inputs
 
+_EXPONENTIALS = ("exp", "expm1")
+_SCALINGS = ("mul", "div", "sub", "add")
+_UNARY = ("neg", "integer_pow", "square")
+_BOUNDED = {"tanh": "tanh", "logistic": "sigmoid", "erf": "erf", "erfc": "erf"}
+# What a bounded activation is called where its own argument multiplies it.
+_SELF_GATED = {"tanh": "gelu", "erf": "gelu", "sigmoid": "silu"}
+
 
 def read_activation(op: Op, wiring: Wiring, found: Structure) -> None:
     """Adds the nonlinearity that an operation is, if it is one, to what was found."""
@@ -20,7 +27,9 @@ def read_activation(op: Op, wiring: Wiring, found: Structure) -> None:
     if op.name == "select_n":
         source = _compared(op, wiring) or source
     gate, multiplied = _gates(output, source, wiring)
-    if kind == "sigmoid" and multiplied is not None:
+    if kind in _SELF_GATED and (product := _times_itself(output, source, wiring)) is not None:
+        kind, gate, (source, output) = _SELF_GATED[kind], False, product
+    elif kind == "sigmoid" and multiplied is not None:
         kind, gate, output = "silu", False, multiplied
     if wiring.is_head(output) and kind in ("exp", "softplus"):
         return
@@ -30,10 +39,8 @@ def read_activation(op: Op, wiring: Wiring, found: Structure) -> None:
 
 
 def _activation_kind(op: Op, wiring: Wiring) -> str | None:  # noqa: PLR0911
-    if op.name == "tanh":
-        return None if _is_gelu(op, wiring) else "tanh"
-    if op.name == "logistic":
-        return "sigmoid"
+    if op.name in _BOUNDED:
+        return _BOUNDED[op.name]
     if op.name == "max":
         return "relu" if any(is_zero(ref, wiring) for ref in op.inputs) else None
     if op.kind == "opaque":
@@ -44,13 +51,52 @@ def _activation_kind(op: Op, wiring: Wiring) -> str | None:  # noqa: PLR0911
             return "softplus"
         return None
     if op.name == "select_n" and _compared(op, wiring) is not None:
+        if _is_elu(op, wiring):
+            return "elu"
+        if _keeps_negative(op, wiring):  # the bounded argument of an ELU's exponential
+            return None
         cases = op.inputs[1:]
         return "relu" if any(is_zero(ref, wiring) for ref in cases) else "leaky_relu"
     if op.name == "exp":
+        later = _scaled_uses(op.outputs[0], wiring)
+        if any(r.name == "select_n" and _is_elu(r, wiring) for r in later):
+            return None
         readers = wiring.uses_of(op.outputs[0])
         inside = any(r.name in ("reduce_sum", "div", "log1p", "log") for r in readers)
         return None if inside else "exp"
     return None
+
+
+def _is_elu(op: Op, wiring: Wiring) -> bool:
+    """Whether a choice is between z and a shifted exponential of it, as in ELU, SELU and CELU."""
+    queue = [(ref, 3) for ref in op.inputs[1:]]
+    while queue:
+        _, made = wiring.origin((item := queue.pop())[0])
+        if made is None:
+            continue
+        if made.name in _EXPONENTIALS:
+            return _compared(op, wiring) is not None
+        if made.name in _SCALINGS and item[1]:
+            queue += [(ref, item[1] - 1) for ref in made.inputs if not isinstance(ref, Lit)]
+    return False
+
+
+def _keeps_negative(op: Op, wiring: Wiring) -> bool:
+    """Whether a choice, read by an exponential, is min(z, 0)."""
+    test = wiring.origin(op.inputs[0])[1]
+    if test is None or not is_zero(op.inputs[2 if test.name in ("gt", "ge") else 1], wiring):
+        return False
+    return any(r.name in _EXPONENTIALS for r in _scaled_uses(op.outputs[0], wiring))
+
+
+def _scaled_uses(value: Value, wiring: Wiring, hops: int = 3) -> list[Op]:
+    """The operations that read a value, or a multiple of it, or one shifted by a constant."""
+    found, current = [], [value]
+    for _ in range(hops):
+        readers = [op for v in current for op in wiring.uses_of(v)]
+        found += readers
+        current = [op.outputs[0] for op in readers if op.name in _SCALINGS]
+    return found
 
 
 def is_variance(value: Value, wiring: Wiring) -> bool:
@@ -82,13 +128,36 @@ def is_zero(ref: Ref, wiring: Wiring) -> bool:
     return op is not None and op.name == "zeros_like"
 
 
-def _is_gelu(op: Op, wiring: Wiring) -> bool:
-    readers = wiring.uses_of(op.outputs[0])
-    return (
-        len(readers) == 1
-        and readers[0].name == "add"
-        and any(isinstance(wiring.origin(ref)[0], Lit) for ref in readers[0].inputs)
-    )
+def _times_itself(output: Value, source: Value, wiring: Wiring) -> tuple[Value, Value] | None:
+    """An x and its x * f(x), f of a multiple of x, as in GELU and SiLU; None without one."""
+    behind = _multiples(source, wiring)
+    for op in _scaled_uses(output, wiring):
+        if op.name != "mul" or any(isinstance(ref, Lit) for ref in op.inputs):
+            continue
+        for ref in op.inputs:
+            shared = [v for v in _multiples(ref, wiring) if v in behind]
+            if shared:
+                return shared[0], op.outputs[0]
+    return None
+
+
+def _multiples(ref: Ref, wiring: Wiring, hops: int = 6) -> list[Value]:
+    """A value and those that it is a polynomial of, in one variable and with written factors."""
+    found: list[Value] = []
+    queue = [ref]
+    for _ in range(hops):
+        following: list[Ref] = []
+        for behind, op in (wiring.origin(r) for r in queue):
+            if isinstance(behind, Lit) or behind not in wiring.live or behind in found:
+                continue
+            found.append(behind)
+            if op is not None and op.name in (*_UNARY, *_SCALINGS):
+                live = [r for r in op.inputs if not isinstance(r, Lit) and r in wiring.live]
+                several = [set(_multiples(r, wiring, hops - 1)) for r in live[1:] if hops]
+                if all(set(_multiples(live[0], wiring, hops - 1)) & each for each in several):
+                    following += live
+        queue = following
+    return found
 
 
 def _gates(output: Value, source: Value, wiring: Wiring) -> tuple[bool, Value | None]:

@@ -50,6 +50,8 @@ def rank(finding: Finding) -> int | float:
     ]
     if finding.code == "norm.post_ln_without_warmup" and max(gentler) > 0.1:
         return _PLACE["attention.rank_collapse"] - 0.5  # the same start trains with gentler steps
+    if finding.code == "optimizer.clip_always" and finding.evidence.get("steps_keep_their_size"):
+        return _PLACE["lr.too_low"] + 0.5  # the rule behind it undoes what the clip takes off
     if finding.code == "attention.logit_growth" and finding.stage == "running":
         return len(_CHAIN)
     for i, group in enumerate(_CHAIN):

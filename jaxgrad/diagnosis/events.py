@@ -83,7 +83,14 @@ def spike(evidence: Evidence) -> list[Finding]:
     run = evidence.main
     if run.stopped is not None or run.levels is not None:  # the loss of one example is no event
         return []
-    return spike_finding(run.losses, run.gradient_norms, len(evidence.problem.batches))
+    count = len(evidence.problem.batches)
+    found = spike_finding(run.losses, run.gradient_norms, count)
+    # the few batches of a diagnosis come again and again: it may know them by heart
+    by_heart = [
+        f for f in found
+        if f.evidence["median_before"] < 1e-3 * abs(run.first) and f.evidence["step"] >= 2 * count
+    ]  # fmt: skip
+    return [] if by_heart and evidence.improves else found
 
 
 def spike_finding(losses: np.ndarray, norms: np.ndarray, batches: int | None) -> list[Finding]:

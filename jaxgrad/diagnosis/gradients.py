@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.diagnosis.evidence import Evidence, source_line
+from jaxgrad.diagnosis.altered import altered
+from jaxgrad.diagnosis.evidence import WELL, Evidence, source_line
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
+from jaxgrad.diagnosis.training import Trainer
 from jaxgrad.diagnosis.units import layer_of_leaf
 from jaxgrad.diagnosis.weights import compounded, scales, too_large
 
@@ -203,13 +205,36 @@ def _vanishing(
     if evidence.improves and not unresolved:
         return []
     if not unresolved and not evidence.stuck:
-        return []
+        return _centered(evidence, where, ratio)
     severity = "warning" if evidence.improves else "error"
     facts = {
         "first_over_last": float(ratio), "threshold": 1e-3, "first_half_over_last": float(half),
         "layers": names[: len(names) // 2],
     }  # fmt: skip
     return [vanishing(where, severity, ratio, facts)]
+
+
+def _centered(evidence: Evidence, where: str, ratio: float) -> list[Finding]:
+    """Sigmoids that let a run crawl: the same training with tanh in their place tells it."""
+    sigmoids = [a.output for a in evidence.hidden() if a.kind == "sigmoid"]
+    problem = altered(evidence, sigmoids, _tanh_of_sigmoid) if len(sigmoids) > 3 else None
+    if problem is None:
+        return []
+    evidence.tell(f"training {evidence.steps} steps with tanh in the place of sigmoids")
+    other = Trainer(problem, evidence.optimizer, evidence.steps).run()
+    own, gained = evidence.progress(evidence.main), evidence.progress(other)
+    if gained < max(WELL, 2 * own):
+        return []
+    facts = {
+        "first_over_last": float(ratio), "threshold": 1e-3, "loss_as_given": evidence.main.last,
+        "loss_with_tanh": other.last,
+    }  # fmt: skip
+    return [vanishing(where, "error", ratio, facts)]
+
+
+def _tanh_of_sigmoid(s: jax.Array) -> jax.Array:
+    """Of s = sigmoid(z): tanh(z), of zero mean and four times the slope."""
+    return (2 * s - 1) / (jnp.square(s) + jnp.square(1 - s))
 
 
 def vanishing(where: str, severity: str, ratio: float, facts: dict[str, Any]) -> Finding:

@@ -1,17 +1,14 @@
 """Terms of a loss that outweigh its fit to the data: a KL that keeps the latent code empty."""
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
-from jaxgrad.diagnosis.evidence import Evidence
-from jaxgrad.diagnosis.passes import inputs_for, tappable
+from jaxgrad.diagnosis.altered import altered
+from jaxgrad.diagnosis.evidence import KNOWS, WELL, Evidence
 from jaxgrad.diagnosis.problem import Problem
 from jaxgrad.diagnosis.training import Trainer
 from jaxgrad.diagnosis.wiring import Wiring
-from jaxgrad.graph import rewrite
 from jaxgrad.graph.ir import Lit, Ref, Value
 
 # Without the term, the rest of the loss falls so much further, and so much lower; with it, the run
@@ -61,26 +58,42 @@ def fits_data(term: Value, wiring: Wiring) -> bool:
     return False
 
 
-def without(evidence: Evidence, term: Value) -> Problem | None:
-    """The problem with one term of its loss at zero."""
-    wiring, problem = evidence.wiring, evidence.problem
-    at = tappable(term, wiring)
-    if at is None or wiring.lengths[wiring.producer[at]]:
+def without(evidence: Evidence, terms: Sequence[Value]) -> Problem | None:
+    """The problem with some terms of its loss at zero."""
+    return altered(evidence, terms, jnp.zeros_like)
+
+
+def given_up(evidence: Evidence, terms: Sequence[Value]) -> dict[str, float] | None:
+    """The rest of the loss, where only a training without some terms makes anything of it.
+
+    Args:
+        evidence: what is known.
+        terms: made of parameters alone.
+    """
+    run, rest = evidence.main, without(evidence, terms)
+    if rest is None or run.stopped is not None or evidence.baseline is None:
         return None
-    tapped = rewrite.Tapped(
-        wiring.table, {at: 0}, lambda x, slot: (jnp.zeros_like(x), slot), jnp.zeros_like
-    )
-
-    def loss(params: Any, batch: Any, *key: Any) -> jax.Array:
-        args = inputs_for(problem, problem.flat(params), batch, *key)
-        return tapped.run(wiring.block, args, {0: jnp.zeros(())})[0][0]
-
-    return replace(problem, loss=loss, has_aux=False)
+    trainer, whole = Trainer(rest, evidence.optimizer, evidence.steps), evidence.trainer
+    start, end = trainer.level(evidence.problem.values), trainer.level(run.values)
+    nothing = evidence.baseline - (whole.level(evidence.problem.values) - start)
+    if end <= KNOWS * nothing and whole.level(run.values) > 2 * end:  # not paid off yet
+        end = trainer.level(evidence.longer.values)
+    if not end > KNOWS * nothing > 0:
+        return None
+    evidence.tell(f"training {evidence.steps} steps without penalties")
+    free = trainer.run()
+    best = trainer.level(free.values)
+    if free.stopped is not None or not best < WELL * min(end, nothing):
+        return None
+    return {
+        "rest_at_first": start, "rest_at_the_end": end, "rest_without_the_term": best,
+        "rest_of_a_model_that_knows_nothing": nothing,
+    }  # fmt: skip
 
 
 def outweighs(evidence: Evidence, term: Value) -> dict[str, float] | None:
     """What the same training makes of the rest of the loss without a term; None if no more."""
-    run, rest = evidence.main, without(evidence, term)
+    run, rest = evidence.main, without(evidence, [term])
     if rest is None or run.stopped is not None:
         return None
     evidence.tell(f"training {evidence.steps} steps without a term of the loss")

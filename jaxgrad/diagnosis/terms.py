@@ -12,6 +12,9 @@ from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.graph.ir import Value
 
+# A penalty whose first gradient is below this share of the data's does not keep them from learning.
+_NOTICED = 0.03
+
 
 def regularization(evidence: Evidence) -> list[Finding]:
     """Penalties, or decoupled decay, whose gradient is larger than that of the data."""
@@ -27,12 +30,27 @@ def _penalty(evidence: Evidence) -> list[Finding]:
     grads = _gradient_of(evidence, penalties)
     data = [g - r for g, r in zip(evidence.initial.grads, grads, strict=True)]
     ratio = _norm(grads) / max(_norm(data), 1e-30)
-    if ratio < 3 or evidence.is_trained:
+    if evidence.is_trained:
         return []
+    if ratio < 3:
+        facts = summands.given_up(evidence, penalties) if ratio > _NOTICED else None
+        return [] if facts is None else [_costs_the_fit(ratio, facts)]
     run, without = evidence.main, guess.loss_of_zeros(evidence.problem, evidence.wiring, penalties)
     if run.stopped is None and without is not None and abs(run.last) < 0.1 * without:
         return []  # both became small together: a condition that is met keeps nothing from learning
     return [_dominates(evidence, ratio, "the penalty in the loss")]
+
+
+def _costs_the_fit(ratio: float, facts: dict[str, float]) -> Finding:
+    return Finding(
+        "regularization.dominates", "error", "counterfactual", "loss",
+        "The penalty in the loss costs the fit to the data: at the end of the run the rest of the "
+        f"loss is {facts['rest_at_the_end']:.3g}, and a model that knows nothing has "
+        f"{facts['rest_of_a_model_that_knows_nothing']:.3g}; without the penalty the same training "
+        f"gets to {facts['rest_without_the_term']:.3g}.",
+        {"penalty_over_data": ratio} | facts, fix("regularization.dominates", factor=100.0), 0.88,
+        may_be_wrong="the penalty is lowered later",
+    )  # fmt: skip
 
 
 def _gradient_of(evidence: Evidence, penalties: list[Value]) -> list[np.ndarray]:

@@ -1,12 +1,15 @@
 """Weights too small, too large, or made for another activation."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.diagnosis import guess
+from jaxgrad.diagnosis.activations import affine_of
 from jaxgrad.diagnosis.evidence import WELL, Evidence, leaf_index
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
@@ -15,35 +18,49 @@ from jaxgrad.diagnosis.parts import Activation, Affine
 # Weight variance times fan_in that keeps the scale, by activation (He 2015; Glorot 2010).
 _KEEPS = {
     "relu": 2.0, "leaky_relu": 2.0, "gelu": 2.0, "silu": 2.0, "tanh": 1.0, "sigmoid": 1.0,
-    "softplus": 1.0, "exp": 1.0,
+    "softplus": 1.0, "exp": 1.0, "elu": 1.5,
 }  # fmt: skip
 
 _SMALL = 0.85  # between the weights of a linear layer, 0.71 of what a rectifier needs, and enough
 
 
 class Scale:
-    """What a layer's weights do to the scale, beside what its activation needs."""
+    """What a layer's weights do to the scale, beside what its activation needs.
 
-    def __init__(self, activation: Activation, affine: Affine, std: float) -> None:
+    Without an activation the layer is the last one.
+    """
+
+    def __init__(self, activation: Activation | None, affine: Affine, std: float) -> None:
         self.activation, self.affine = activation, affine
+        self.kind = "" if activation is None else activation.kind
         self.gain = std**2 * affine.fan_in
-        self.needed = _KEEPS.get(activation.kind, 1.0)
+        self.needed = _KEEPS.get(self.kind, 1.0)
         self.ratio = math.sqrt(self.gain / self.needed) if std > 0 else 0.0
 
 
 def scales(evidence: Evidence) -> list[Scale]:
     """The hidden layers' scales, in forward order; layers before a norm do not count."""
+    return _scales(evidence, [(a, affine) for a in evidence.hidden() for affine in a.affine])
+
+
+def _last_scales(evidence: Evidence) -> list[Scale]:
+    """Those of the layers that give the predictions, or the logits."""
+    structure, wiring = evidence.structure, evidence.wiring
+    ends = guess.logits(structure, wiring) + guess.predictions(structure, wiring)
+    return _scales(evidence, [(None, affine) for v in ends for affine in affine_of(v, wiring)])
+
+
+def _scales(evidence: Evidence, layers: Sequence[tuple[Activation | None, Affine]]) -> list[Scale]:
     index = leaf_index(evidence)
     found = []
     seen = set()
-    for activation in evidence.hidden():
-        for affine in activation.affine:
-            leaf = evidence.problem.values[index[affine.leaf]] if affine.leaf in index else None
-            if leaf is None or leaf.ndim < 2 or affine.op in seen:
-                continue
-            seen.add(affine.op)
-            std = float(np.std(np.asarray(leaf, np.float64)))
-            found.append(Scale(activation, affine, std))
+    for activation, affine in layers:
+        leaf = evidence.problem.values[index[affine.leaf]] if affine.leaf in index else None
+        if leaf is None or leaf.ndim < 2 or affine.op in seen:
+            continue
+        seen.add(affine.op)
+        std = float(np.std(np.asarray(leaf, np.float64)))
+        found.append(Scale(activation, affine, std))
     return found
 
 
@@ -61,7 +78,7 @@ def rescaled(evidence: Evidence, found: list[Scale]) -> list[jax.Array]:
 
 def _goal(scale: Scale) -> float:
     """Root of variance times fan_in: He for rectifiers, Glorot for bounded activations."""
-    if scale.activation.kind in ("tanh", "sigmoid"):
+    if scale.kind in ("tanh", "sigmoid"):
         affine = scale.affine
         return math.sqrt(2 * affine.fan_in / (affine.fan_in + affine.fan_out))
     return math.sqrt(scale.needed)
@@ -77,8 +94,9 @@ def init_scale(evidence: Evidence) -> list[Finding]:
     if not evidence.initial.finite or evidence.is_trained:
         return []
     found = [s for s in scales(evidence) if s.ratio > 0]
+    last = [s for s in _last_scales(evidence) if s.ratio > 0]
     if not found:
-        return []
+        return _loud_at_first(evidence, last)
     recurrent = _recurrence_too_large(evidence, found)
     if recurrent:
         return recurrent
@@ -88,7 +106,23 @@ def init_scale(evidence: Evidence) -> list[Finding]:
         return _maybe_too_large(evidence)
     if whole < 1 / 30 and not evidence.improves:
         return _maybe_too_small(evidence, found)
-    return []
+    return _loud_at_first(evidence, found + last)
+
+
+def _loud_at_first(evidence: Evidence, found: list[Scale]) -> list[Finding]:
+    """An output far too large, by some weights: the same training with them as needed tells it."""
+    signs = loud(evidence, 0.4) if any(s.ratio > 2 for s in found) else None
+    own = evidence.progress(evidence.main)
+    if signs is None or own >= WELL:
+        return []
+    wide = [s for s in found if s.ratio > 1]
+    cured = evidence.run_from(rescaled(evidence, wide))
+    gained = evidence.progress(cured)
+    if gained < max(2 * own, own + 0.1, 0.1):
+        return []
+    signs |= {"loss_as_given": evidence.main.last, "loss_with_the_needed_scale": cured.last}
+    severity = "warning" if evidence.improves else "error"
+    return [too_large(evidence, signs, severity, [s for s in wide if s.ratio > 2])]
 
 
 def _recurrence_too_large(evidence: Evidence, found: list[Scale]) -> list[Finding]:
@@ -138,12 +172,14 @@ def _recurrent(evidence: Evidence, found: list[Scale]) -> list[Scale]:
     return list(kept.values())
 
 
-def loud(evidence: Evidence) -> dict[str, float] | None:
-    """Signs that the output is far too large, or that bounded units are driven to their ends."""
+def loud(evidence: Evidence, share: float = 1.0) -> dict[str, float] | None:
+    """Signs that the output is far too large; at a share of the thresholds, if one is given."""
+    above = 5.0 * share
     if evidence.chance is not None:
         ratio = evidence.initial.value / evidence.chance
-        if ratio > 5:
-            return {"loss_over_chance": ratio, "threshold": 5.0}
+        if ratio > above:
+            return {"loss_over_chance": ratio, "threshold": above}
+    above = 30.0 * share
     for difference in evidence.structure.differences:
         prediction = evidence.values.get(difference.prediction)
         target = (
@@ -152,8 +188,8 @@ def loud(evidence: Evidence) -> dict[str, float] | None:
         if prediction is None or target is None:
             continue
         ratio = rms(prediction) / max(rms(target), 1e-30)
-        if ratio > 30:
-            return {"prediction_over_target": ratio, "threshold": 30.0}
+        if ratio > above:
+            return {"prediction_over_target": ratio, "threshold": above}
     return None
 
 
@@ -170,9 +206,11 @@ def _maybe_too_large(evidence: Evidence) -> list[Finding]:
     return [too_large(evidence, signs, severity)]
 
 
-def too_large(evidence: Evidence, facts: dict[str, Any], severity: str) -> Finding:
+def too_large(
+    evidence: Evidence, facts: dict[str, Any], severity: str, known: Sequence[Scale] = ()
+) -> Finding:
     """The finding, at the first layer whose weights exceed what its activation needs."""
-    found = scales(evidence)
+    found = known or scales(evidence)
     wide = [s for s in found if s.ratio > 2] or found
     where = wide[0].affine.where if wide else ""
     if not where:
@@ -220,7 +258,7 @@ def _maybe_too_small(evidence: Evidence, found: list[Scale]) -> list[Finding]:
 
 
 def _mismatch(scale: Scale, facts: dict[str, Any]) -> Finding:
-    kind = scale.activation.kind
+    kind = scale.kind
     mode = "fan_avg" if kind in ("tanh", "sigmoid") else "fan_in"
     return Finding(
         "init.activation_mismatch", "error", "initial", scale.affine.where,
