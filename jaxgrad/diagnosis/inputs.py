@@ -17,6 +17,7 @@ from jaxgrad.diagnosis.weights import loud, rms
 from jaxgrad.graph.ir import Value
 
 _LOUD = 10.0  # input RMS that no standardized data reach
+_FAR = 4.0  # a run three times as long that is this many times as far from the bottom is far behind
 
 
 def unnormalized(evidence: Evidence) -> list[Finding]:
@@ -190,7 +191,7 @@ def _worse_than_the_mean(
         return None
     longer = evidence.longer
     share, cured_share = longer.last / constant, cured.last / level
-    if share < 0.7 and not share > max(0.25, 10 * cured_share):
+    if share < 0.7 and not share > max(0.25, _FAR * cured_share):
         return None
     return {
         "loss_as_given": longer.last, "loss_of_the_mean": constant,

@@ -109,17 +109,20 @@ def symmetric(evidence: Evidence) -> list[Finding]:
     if not measured.finite:
         return []
     guilty = []
+    mixing = _users(evidence, ("dot_general", "conv_general_dilated"))
+    tables = _users(evidence, ("gather",))
     for i, name in enumerate(problem.names):
         weights = np.asarray(problem.values[i], np.float64)
         gradient = np.asarray(measured.grads[i], np.float64)
-        if weights.ndim < 2 or problem.names[i] not in _mixing(evidence):
+        mixes, table = name in mixing, name in tables
+        if weights.ndim < 2 or not (mixes or table):
             continue
         if not problem.trainable[i] or evidence.wiring.parameters[i] not in evidence.wiring.live:
             continue
-        axis = _equal_axis(weights, gradient, evidence)
-        if axis is not None:
+        if mixes and _equal_axis(weights, gradient, {weights.ndim - 1, 0, 1}) is not None:
+            guilty += [] if _is_last(evidence, name) else [name]
+        elif not mixes and _stays_equal(evidence, i):
             guilty.append(name)
-    guilty = [name for name in guilty if not _is_last(evidence, name)]
     if not guilty and measured.norm == 0:
         return _zero_saddle(evidence)
     if not guilty or (not gradient_moves(evidence, guilty) and evidence.improves):
@@ -176,20 +179,18 @@ def gradient_moves(evidence: Evidence, names: list[str]) -> bool:
     return any(np.any(evidence.initial.grads[index[n]]) for n in names)
 
 
-def _mixing(evidence: Evidence) -> set[str]:
-    """Leaves that are weights of a product."""
-    wiring = evidence.wiring
+def _users(evidence: Evidence, names: tuple[str, ...]) -> set[str]:
+    """Leaves that operations of these names use: weights of a product, rows of a table."""
     found: set[str] = set()
-    for op, names in wiring.labels.uses.items():
-        if op.name in ("dot_general", "conv_general_dilated"):
-            found |= set(names)
+    for op, leaves in evidence.wiring.labels.uses.items():
+        if op.name in names:
+            found |= set(leaves)
     return found
 
 
-def _equal_axis(weights: np.ndarray, gradient: np.ndarray, evidence: Evidence) -> int | None:
+def _equal_axis(weights: np.ndarray, gradient: np.ndarray, axes: set[int]) -> int | None:
     """The axis along which weights and gradients are constant, if there is one."""
-    del evidence
-    for axis in {weights.ndim - 1, 0, 1}:
+    for axis in axes:
         if weights.shape[axis] < 2:
             continue
         same = []
@@ -200,6 +201,16 @@ def _equal_axis(weights: np.ndarray, gradient: np.ndarray, evidence: Evidence) -
         if all(same):
             return axis
     return None
+
+
+def _stays_equal(evidence: Evidence, i: int) -> bool:
+    """Whether the columns of a table move together, and are equal still at the end of the run."""
+    weights, last = (np.asarray(v[i], np.float64) for v in (evidence.problem.values,
+                                                            evidence.main.values))  # fmt: skip
+    gradient = np.asarray(evidence.initial.grads[i], np.float64)
+    columns = {weights.ndim - 1}  # rows are told apart by what picks them
+    equal = _equal_axis(weights, gradient, columns) is not None and bool(np.any(gradient))
+    return equal and _equal_axis(last, gradient, columns) is not None
 
 
 def _is_last(evidence: Evidence, name: str) -> bool:
