@@ -122,6 +122,15 @@ class Evidence:
         return self.chance or guess.loss_of_zeros(self.problem, self.wiring, wanted)
 
     @functools.cached_property
+    def constant(self) -> float | None:
+        """Loss of a regression's best constant output, as a network gives that ignores its input.
+
+        Targets far from zero, such as images, are mostly their mean: learning that alone takes off
+        most of the loss.
+        """
+        return guess.loss_of_means(self.problem, self.wiring, self.structure, self.values)
+
+    @functools.cached_property
     def marginal_entropy(self) -> float | None:
         """Loss of an output that knows the labels' frequencies and nothing of the input."""
         index = next((i for i in self.structure.indices if i.head), None)

@@ -48,7 +48,7 @@ def loss_of_zeros(problem: Problem, wiring: Wiring, where: Sequence[Value]) -> f
 
 
 def value_of_zeros(
-    problem: Problem, wiring: Wiring, where: Sequence[Value], fill: float = 0.0
+    problem: Problem, wiring: Wiring, where: Sequence[Value], fill: float | np.ndarray = 0.0
 ) -> float | None:
     """The loss with a constant in the place of some tensors; None where there is no number.
 
@@ -72,6 +72,27 @@ def value_of_zeros(
     batches = problem.batches if few else (problem.batch,)
     loss = float(np.mean([run(problem.values, arrays_of(batch)) for batch in batches]))
     return loss if math.isfinite(loss) else None
+
+
+def loss_of_means(
+    problem: Problem, wiring: Wiring, structure: Structure, known: dict[Value, np.ndarray]
+) -> float | None:
+    """The loss of a regression whose output is its targets' mean, whatever the input.
+
+    Args:
+        problem: the problem.
+        wiring: its dataflow.
+        structure: what was read off it.
+        known: tensors of the batch, targets among them.
+    """
+    pairs = [(d.prediction, d.target) for d in structure.differences]
+    if len(pairs) != 1 or not isinstance(pairs[0][1], int) or pairs[0][1] not in known:
+        return None
+    prediction, target = pairs[0][0], np.asarray(known[pairs[0][1]], np.float32)
+    if not target.ndim or target.shape != wiring.shape(prediction) or len(target) < FEW:
+        return None
+    loss = value_of_zeros(problem, wiring, [prediction], target.mean(0, keepdims=True))
+    return loss if loss is not None and loss > 0 else None
 
 
 def chance(

@@ -11,6 +11,7 @@ from jaxgrad.diagnosis.evidence import LEARNS, WELL, Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.problem import FEW, Problem, count_examples
+from jaxgrad.diagnosis.schedules import ends_early, out_of_rate, runs_out
 from jaxgrad.diagnosis.training import Run, Trainer
 
 # Share of its spread over the data that an output has left: of a collapsed one at most, of another
@@ -18,6 +19,8 @@ from jaxgrad.diagnosis.training import Run, Trainer
 _FORGOTTEN, _REMEMBERED = 1e-3, 0.03
 # a warm-up that at this many times the run's length has not come to this ratio is too long
 _PATIENCE, _EFFECTIVE = 10.0, 1e-4
+# a run shot far above its start; a slower one leaves less than this share of what it leaves
+_FAR, _SHARE = 10.0, 0.5
 SLOW = 10.0**-4.5  # update RMS over weight RMS; healthy runs stand between 1e-2 and 1e-4
 
 
@@ -27,11 +30,12 @@ def learning_rate(evidence: Evidence) -> list[Finding]:
         return []
     if evidence.every > 1 and not (evidence.main.update_norms > 0).any():
         return []
-    too_low = _too_low(evidence) or epsilon(evidence) or _ends_early(evidence)
+    too_low = _too_low(evidence) or epsilon(evidence) or ends_early(evidence)
     if too_low:
         return too_low
     collapsed = _collapse(evidence)
-    well = evidence.progress(evidence.main) >= WELL and not _shaken(evidence)
+    rough = _shaken(evidence) or _overshot(evidence)
+    well = evidence.progress(evidence.main) >= WELL and not rough
     if well and not collapsed:
         return []
     return _too_high(evidence, collapsed)
@@ -64,6 +68,25 @@ def _shaken(evidence: Evidence) -> bool:
     return bool(np.nanmax(losses) > 3 * abs(base) and np.nanmedian(losses) > 0.5 * abs(base))
 
 
+def _overshot(evidence: Evidence) -> bool:
+    """Whether a run was, on the way, far above both its start and a model that knows nothing."""
+    base = evidence.baseline
+    if base is None or evidence.initial.value <= 0:
+        return False
+    return bool(np.nanmax(evidence.main.losses) > _FAR * max(base, evidence.initial.value))
+
+
+def _leaves_more(evidence: Evidence, factor: float) -> bool:
+    """Whether a run that overshot leaves far more of its loss than a slower one.
+
+    Both take off most of it, since it is measured from the start, and no share of it tells them
+    apart.
+    """
+    if factor == 1.0 or not _overshot(evidence):
+        return False
+    return evidence.run(scale=factor).last < _SHARE * evidence.main.last
+
+
 def _too_low(evidence: Evidence) -> list[Finding]:
     run = evidence.main
     if run.stopped is not None or run.update_ratio > SLOW or _gets_there(evidence):
@@ -80,10 +103,10 @@ def _too_low(evidence: Evidence) -> list[Finding]:
             return [_low(evidence, scale, gained)]
         if gained > LEARNS:
             return []
-    if _runs_out(run):
+    if runs_out(run):
         other = evidence.run(reference=True)
         if evidence.progress(other) > max(0.1, 10 * own):
-            return [_out_of_rate(evidence, evidence.progress(other))]
+            return [out_of_rate(evidence, evidence.progress(other))]
     if run.update_norms.max() == 0 and evidence.progress(evidence.run(reference=True)) > 0.1:
         return [_low(evidence, math.inf, evidence.progress(evidence.run(reference=True)))]
     return []
@@ -94,48 +117,6 @@ def _gets_there(evidence: Evidence) -> bool:
     run = evidence.main
     tail = run.typical_ratio(len(run.losses) - max(len(run.losses) // 10, 1))
     return evidence.warms_up and tail * _PATIENCE > _EFFECTIVE
-
-
-def _runs_out(run: Run) -> bool:
-    """Whether the updates end, in the middle of the run, though the gradient does not."""
-    if len(run.losses) < 16 or not run.update_norms.any():
-        return False
-    updates, gradients = _left(run.update_norms), _left(run.gradient_norms)
-    return updates < 1e-3 and updates < 1e-2 * gradients
-
-
-def _ends_early(evidence: Evidence) -> list[Finding]:
-    """Steps that end, large as they were, while there is most of the loss to take off."""
-    run = evidence.main
-    own = evidence.progress(run)
-    if evidence.every > 1:  # between two updates of an accumulator there is none
-        return []
-    if run.stopped is not None or own >= LEARNS or evidence.is_trained or not _runs_out(run):
-        return []
-    gained = evidence.progress(evidence.run(reference=True))
-    return [_out_of_rate(evidence, gained)] if gained > max(LEARNS, 3 * own) else []
-
-
-def _left(norms: np.ndarray) -> float:
-    """The last quarter of a run over the largest of the first."""
-    quarter = len(norms) // 4
-    return float(np.median(norms[-quarter:])) / max(float(np.max(norms[:quarter])), 1e-37)
-
-
-def _out_of_rate(evidence: Evidence, gained: float) -> Finding:
-    run = evidence.main
-    left = _left(run.update_norms)
-    return Finding(
-        "lr.too_low", "error", "counterfactual", "optimizer",
-        f"The updates come to an end at a loss of {run.last:.3g}: the last ones are {left:.1g} of "
-        f"the first, as from a schedule that decays too fast; Adam at a constant 1e-3 takes off "
-        f"{gained:.0%}.",
-        {"last_updates_over_first": left, "threshold": 1e-3, "loss_as_given": run.last,
-         "taken_off_at_a_constant_rate": gained},
-        "schedule = optax.cosine_decay_schedule(peak, decay_steps=total_steps)"
-        "   # count steps, not epochs", 0.88,
-        may_be_wrong="a restart raises the rate later",
-    )  # fmt: skip
 
 
 def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
@@ -172,6 +153,7 @@ def _too_high(evidence: Evidence, collapsed: dict[str, float]) -> list[Finding]:
         if found:
             return found
     better = best >= max(0.1, 2 * own) or _beyond_frequencies(evidence, run, factor)
+    better = better or _leaves_more(evidence, factor)
     better = better and math.isfinite(best) and not _moves_little(run)
     if not better and not collapsed:
         return []

@@ -14,6 +14,7 @@ from jaxgrad.diagnosis.evidence import WELL, Evidence, leaf_index
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.parts import Activation, Affine
+from jaxgrad.diagnosis.training import Run
 
 # Weight variance times fan_in that keeps the scale, by activation (He 2015; Glorot 2010).
 _KEEPS = {
@@ -21,6 +22,7 @@ _KEEPS = {
     "softplus": 1.0, "exp": 1.0, "elu": 1.5,
 }  # fmt: skip
 
+_NOTHING = 0.05  # a share of the loss that the noise of a batch could be
 _SMALL = 0.85  # between the weights of a linear layer, 0.71 of what a rectifier needs, and enough
 
 
@@ -104,7 +106,7 @@ def init_scale(evidence: Evidence) -> list[Finding]:
     ratios = np.array([s.ratio for s in found])
     if whole > 30 and ratios.max() > 2:
         return _maybe_too_large(evidence)
-    if whole < 1 / 30 and not evidence.improves:
+    if whole < 1 / 30 and (not evidence.improves or _gives_the_mean(evidence)):
         return _maybe_too_small(evidence, found)
     return _loud_at_first(evidence, found + last)
 
@@ -236,6 +238,8 @@ def _maybe_too_small(evidence: Evidence, found: list[Scale]) -> list[Finding]:
         return []
     cured = evidence.run_from(rescaled(evidence, found))
     own, gained = max(evidence.progress(evidence.main), 0.0), evidence.progress(cured)
+    if _gives_the_mean(evidence):
+        own, gained = 0.0, _beyond_the_mean(evidence, cured)
     if gained < max(2.5 * own, own + 0.1):
         return []
     where, scale = small[0].affine.where, small[0]
@@ -255,6 +259,16 @@ def _maybe_too_small(evidence: Evidence, found: list[Scale]) -> list[Finding]:
             facts, fix("init.too_small", gain=scale.needed), 0.92,
         )
     ]  # fmt: skip
+
+
+def _beyond_the_mean(evidence: Evidence, run: Run) -> float:
+    """The share that a run took off the loss of the best constant output; 0 without one."""
+    return 0.0 if evidence.constant is None else 1 - run.last / evidence.constant
+
+
+def _gives_the_mean(evidence: Evidence) -> bool:
+    """Whether a regression learned its targets' mean, and nothing that depends on the input."""
+    return evidence.constant is not None and _beyond_the_mean(evidence, evidence.main) < _NOTHING
 
 
 def _mismatch(scale: Scale, facts: dict[str, Any]) -> Finding:
