@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from diagnosis_cases import CLASSES, WIDTH, dense, examined, net, primary
+from diagnosis_cases import CLASSES, WIDTH, data, dense, examined, net, primary
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -108,3 +108,49 @@ def test_an_autoencoder_of_tiny_weights_that_learns_the_mean_alone_is_found(
         return jnp.mean(jnp.square(h @ layers[-1]["w"] + layers[-1]["b"] - x))
 
     assert primary(loss, layers, batches, optax.sgd(0.1, momentum=0.9)) == expected
+
+
+# --------------------------------------------------------------------------- labels
+
+
+def picked(layers: Any, batch: Any) -> Any:
+    logs = jax.nn.log_softmax(net(layers, batch[0]))
+    return -logs[jnp.arange(len(batch[1])), batch[1]].mean()
+
+
+@pytest.mark.parametrize(("first", "expected"), [(1, "data.labels_out_of_range"), (0, None)])
+def test_labels_from_one_are_found_where_an_index_is_silently_clamped(
+    first: int, expected: str | None
+) -> None:
+    batches = [(x, y + first) for x, y in data(count=16)]
+    assert primary(picked, dense((WIDTH, 32, CLASSES)), batches) == expected
+
+
+def test_clamped_labels_that_a_mask_takes_out_are_healthy() -> None:
+    batches = [(x, np.where(np.arange(len(y)) % 4 == 0, 255, y)) for x, y in data(count=16)]
+
+    def loss(layers: Any, batch: Any) -> Any:
+        logs = jax.nn.log_softmax(net(layers, batch[0]))
+        each = -logs[jnp.arange(len(batch[1])), batch[1]]
+        known = batch[1] < CLASSES
+        return jnp.where(known, each, 0.0).sum() / known.sum()
+
+    assert primary(loss, dense((WIDTH, 32, CLASSES)), batches) is None
+
+
+def test_states_that_are_picked_by_row_and_length_are_no_classes() -> None:
+    """The last state of a sequence, of none at all the last of its padding."""
+    rng = np.random.default_rng(0)
+    batches = []
+    for x, y in data(count=16):
+        long = rng.standard_normal((len(x), 6, WIDTH)).astype(np.float32)
+        length = np.where(np.arange(len(x)) % 8 == 0, 0, rng.integers(1, 7, len(x)))
+        long[np.arange(len(x)), length - 1] = x
+        batches.append((long, length.astype(np.int32), y))
+
+    def loss(layers: Any, batch: Any) -> Any:
+        h = jax.nn.relu(batch[0] @ layers[0]["w"] + layers[0]["b"])
+        logs = jax.nn.log_softmax(net(layers[1:], h[jnp.arange(len(h)), batch[1] - 1]))
+        return -logs[jnp.arange(len(h)), batch[2]].mean()
+
+    assert primary(loss, dense((WIDTH, 32, 32, CLASSES)), batches) is None

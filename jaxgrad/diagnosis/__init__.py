@@ -12,6 +12,7 @@ from jaxgrad.diagnosis import (
     gradients,
     heads,
     inputs,
+    labels,
     optimizers,
     paths,
     rates,
@@ -31,7 +32,7 @@ from jaxgrad.diagnosis.stored import diagnose_run as diagnose_run
 # The registry: rules in the order of a run's life. Each takes the evidence and returns findings.
 STATIC = [
     paths.blocked, optimizers.clip_after_update, heads.single_class, heads.double_softmax,
-    heads.output_mismatch, heads.labels_out_of_range, paths.batch_of_one,
+    heads.output_mismatch, labels.labels_out_of_range, paths.batch_of_one,
 ]  # fmt: skip
 INITIAL = [
     gradients.nonfinite, gradients.underflow, units.symmetric, inputs.unnormalized, units.dead,

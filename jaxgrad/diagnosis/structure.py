@@ -139,9 +139,13 @@ def _read_index(op: Op, wiring: Wiring, found: Structure) -> None:
         picks = operand in wiring.depends and not isinstance(indices, Lit)
         if picks and indices in wiring.from_data and indices not in wiring.depends:
             axes = op.eqn.params["dimension_numbers"].start_index_map
-            raw = _raw_index(indices, wiring)
-            if len(axes) == 1 and raw is not None:
-                size = wiring.shape(operand)[axes[0]]
+            for axis, column in zip(axes, _columns(indices, len(axes), wiring), strict=False):
+                raw = _raw_index(column, wiring)
+                if raw is None or raw not in wiring.from_data:
+                    continue
+                if len(axes) > 1 and not wiring.is_head(op.outputs[0]):
+                    continue  # places in hidden tensors, which are no classes
+                size = wiring.shape(operand)[axis]
                 head = not wiring.is_weight(operand)
                 where = wiring.layer(op.outputs[0])
                 found.indices.append(Index(raw, size, "gather", head, where, op.outputs[0]))
@@ -158,6 +162,15 @@ def _read_index(op: Op, wiring: Wiring, found: Structure) -> None:
             size = max(wiring.shape(op.inputs[other]) or shape)
             head = wiring.is_head(op.outputs[0]) and op.outputs[0] in wiring.reaching
             found.indices.append(Index(raw, size, "one_hot", head, "", op.outputs[0]))
+
+
+def _columns(indices: Ref, count: int, wiring: Wiring) -> tuple[Ref, ...]:
+    """The indices along each axis, as in ``x[rows, labels]``; none where they are not seen."""
+    if count == 1:
+        return (indices,)
+    _, op = wiring.origin(indices)
+    joined = op is not None and op.name == "concatenate" and len(op.inputs) == count
+    return tuple(op.inputs) if op is not None and joined else ()
 
 
 def _raw_index(ref: Ref, wiring: Wiring) -> Value | None:
