@@ -31,7 +31,7 @@ def density() -> tuple[Any, Any, list[Any]]:
     params = [[*layers[:-1], jax.tree.map(jnp.zeros_like, layers[-1])] for layers in params]
 
     def loss(params: Any, batch: Any) -> Any:
-        x, logs = batch[0], 0.0
+        x, logs = batch[0], jnp.zeros((64, 1))
         for layers in params:
             a, b = x[:, 1:], x[:, :1]
             log_scale, shift = jnp.split(net(layers, a), 2, axis=1)
