@@ -74,10 +74,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     placed = [r for r in faulty if r["place"] is not None]
 
     return {
-        "detected": _rate(sum(bool(r["alarms"]) for r in faulty), len(faulty)),
-        "cause": _rate(sum(r["right"] for r in faulty), len(faulty)),
-        "layer": _rate(sum(bool(r["place"]) for r in placed), len(placed)),
-        "false_alarms": _rate(sum(bool(r["alarms"]) for r in healthy), len(healthy)),
+        "detected": rate(sum(bool(r["alarms"]) for r in faulty), len(faulty)),
+        "cause": rate(sum(r["right"] for r in faulty), len(faulty)),
+        "layer": rate(sum(bool(r["place"]) for r in placed), len(placed)),
+        "false_alarms": rate(sum(bool(r["alarms"]) for r in healthy), len(healthy)),
         "seconds_median": sorted(r["seconds"] for r in rows)[len(rows) // 2] if rows else None,
     }
 
@@ -91,10 +91,10 @@ def tool_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         said = [(set(r["expected"]), r["tools"][name]) for r in faulty]
         first = sum(bool(e & set(t["causes"])) for e, t in said)
         table[name] = {
-            "detected": _rate(sum(bool(t["fired"]) for _, t in said), len(said)),
-            "cause_of_first_alarm": _rate(first, len(said)),
-            "any_cause": _rate(sum(bool(e & set(t["any_cause"])) for e, t in said), len(said)),
-            "false_alarms": _rate(
+            "detected": rate(sum(bool(t["fired"]) for _, t in said), len(said)),
+            "cause_of_first_alarm": rate(first, len(said)),
+            "any_cause": rate(sum(bool(e & set(t["any_cause"])) for e, t in said), len(said)),
+            "false_alarms": rate(
                 sum(bool(r["tools"][name]["fired"]) for r in healthy), len(healthy)
             ),
         }
@@ -106,10 +106,10 @@ def cure_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     tried = [r["cure"] for r in rows if r.get("cure")]
     kinds = ("automatic", "by hand")
     return {
-        "before": _rate(sum(c["before"] for c in tried), len(tried)),
-        "after": _rate(sum(c["after"] for c in tried), len(tried)),
+        "before": rate(sum(c["before"] for c in tried), len(tried)),
+        "after": rate(sum(c["after"] for c in tried), len(tried)),
         **{
-            kind: _rate(sum(c["after"] for c in tried if c["how"] == kind),
+            kind: rate(sum(c["after"] for c in tried if c["how"] == kind),
                         sum(c["how"] == kind for c in tried))
             for kind in kinds
         },
@@ -117,7 +117,8 @@ def cure_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rate(hits: int, total: int) -> dict[str, Any]:
+def rate(hits: int, total: int) -> dict[str, Any]:
+    """A share with its 95 % interval."""
     low, high = wilson(hits, total)
     return {"hits": hits, "of": total, "rate": hits / max(total, 1), "interval": [low, high]}
 
