@@ -1,6 +1,8 @@
 """Where an optimizer clips, how often, and what it does with micro-batches."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -196,7 +198,41 @@ def clip_always(evidence: Evidence) -> list[Finding]:
     norms = norms[np.isfinite(norms) & learning]  # a converged model has nothing to clip
     if threshold is None or not norms.size:
         return []
-    return clip_always_finding(norms, np.full_like(norms, threshold))
+    found = clip_always_finding(norms, np.full_like(norms, threshold))
+    return [
+        replace(
+            f, evidence=f.evidence | {"steps_keep_their_size": _keeps_size(evidence, threshold)}
+        )
+        for f in found
+    ]
+
+
+def _keeps_size(evidence: Evidence, threshold: float) -> bool:
+    """Whether the rule behind the clip makes as large a step of a gradient ten times smaller.
+
+    Adam does, and a clip before it hardly changes how far a step goes.
+    """
+    problem, tx = evidence.problem, evidence.trainer.tx
+    tree = problem.tree(problem.values)
+
+    @jax.jit
+    def step(norm: jax.Array) -> list[jax.Array]:
+        factor = norm / evidence.initial.norm
+        grads = problem.tree([jnp.asarray(g) * factor for g in evidence.initial.grads])
+        state = tx.init(tree)
+        for _ in range(min(evidence.every, 8)):
+            updates, state = tx.update(grads, state, tree)
+        return problem.flat(updates)
+
+    try:
+        at, below = (step(jnp.float32(threshold * f)) for f in (1.0, 0.1))
+    except TypeError:
+        return False
+    size = math.sqrt(sum(float(jnp.sum(jnp.square(a))) for a in at))
+    apart = math.sqrt(
+        sum(float(jnp.sum(jnp.square(a - b))) for a, b in zip(at, below, strict=True))
+    )
+    return size > 0 and apart < 0.1 * size
 
 
 def clip_always_finding(raw: np.ndarray, clipped: np.ndarray) -> list[Finding]:

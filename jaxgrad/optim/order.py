@@ -126,17 +126,27 @@ def _verdict(up: dict[int, bool | None], after: dict[int, bool]) -> str:
 
 
 def _run(probe: Probe) -> Responses:
-    """As many steps as it takes for every leaf to move and for two updates to come out."""
-    seen = None
-    for steps in _STAGES:
-        seen = probe.respond(steps)
-        moved = np.any(seen.moved > 0, axis=(0, 1))
-        parameters = [k for k, (_, owner) in enumerate(probe.owners) if owner is not None]
-        emissions = (seen.updated[_unit(probe)].max(axis=-1) > 0).sum()
-        if emissions >= 2 and all(moved[k] for k in parameters):
+    """As many steps as it takes for every leaf to move and for two updates to come out.
+
+    Longer runs are made at one scale first: a leaf that no gradient moves, as what Adafactor keeps
+    in the place of a factored moment, is no reason to make them at all scales.
+    """
+    seen = probe.respond(_STAGES[0])
+    known = _progress(probe, seen, _unit(probe))
+    for steps in _STAGES[1:]:
+        if known[0] == 2 and known[1].all():
             break
-    assert seen is not None
+        further = _progress(probe, probe.respond(steps, np.zeros(1)), 0)
+        if further[0] > known[0] or (further[1] & ~known[1]).any():
+            seen, known = probe.respond(steps), further
     return seen
+
+
+def _progress(probe: Probe, seen: Responses, unit: int) -> tuple[int, np.ndarray]:
+    """How many updates came out, at most two, and which leaves of parameters moved."""
+    moved = np.any(seen.moved > 0, axis=(0, 1))
+    owned = [k for k, (_, owner) in enumerate(probe.owners) if owner is not None]
+    return min(int((seen.updated[unit].max(axis=-1) > 0).sum()), 2), moved[owned]
 
 
 def _unit(probe: Probe) -> int:
