@@ -31,6 +31,8 @@ FIXES = {
     "loss.output_mismatch (shapes)": "assert prediction.shape == target.shape   # prediction = prediction[:, 0], or target = target[:, None]",
     "loss.output_mismatch (axis)": "probabilities = jax.nn.softmax(logits, axis=-1)   # over the classes, not over the batch",
     "loss.output_mismatch (pool)": "x = x.mean(axis=1)   # over positions; axis 0 is the batch",
+    "loss.output_mismatch (mixed)": "x = x.transpose(1, 0, 2)   # to time-major; reshape would mix the examples",
+    "gradient.blocked (sum)": "x = x + positions   # a sum has to be assigned",
     "data.unnormalized": "x = (x - x.mean(axis=0)) / (x.std(axis=0) + 1e-6)",
     "data.labels_out_of_range": "assert labels.min() >= 0 and labels.max() < {size}",
     "regularization.dominates": "tx = optax.adamw(learning_rate, weight_decay=1e-4)   # or divide the penalty's factor by {factor:.0f}",

@@ -34,7 +34,7 @@ def saturated(evidence: Evidence) -> list[Finding]:
     ]
     bad = [(a, s) for a, s in shares if s > 0.5]
     if not bad:
-        return []
+        return _gates_saturated(evidence)
     activation, share = bad[0]
     severity = "warning" if evidence.improves else "error"
     scale = [s for s in scales(evidence) if s.activation is activation]
@@ -48,6 +48,51 @@ def saturated(evidence: Evidence) -> list[Finding]:
              "layers": [a.where for a, _ in bad]},
             fix("unit.saturated"), 0.9,
             may_be_wrong="the parameters are not at initialization",
+        )
+    ]  # fmt: skip
+
+
+def _gates_saturated(evidence: Evidence) -> list[Finding]:
+    """Gates and candidates of a recurrent cell at their bounds, where smaller weights learn.
+
+    A gate may well be open or shut: only a run that nothing else moves is looked at, and the same
+    training with centered weights of variance 1 / fan_in in the place of large ones tells it.
+    """
+    gates = [a for a in evidence.structure.activations if a.gate and a.kind in ("tanh", "sigmoid")]
+    index, values, bad = leaf_index(evidence), list(evidence.problem.values), []
+    large: dict[str, float] = {}
+    for activation in gates:
+        tensor = evidence.initial.tensors.get(activation.output)
+        if tensor is None:
+            continue
+        share = float(np.nanmean(tensor.row[f"beyond_{activation.kind}"]))
+        bad += [(activation, share)] if share > 0.5 else []
+        for affine in activation.affine:
+            w = np.asarray(values[index[affine.leaf]], np.float64)
+            gain = float(np.mean(w**2)) * affine.fan_in
+            if share > 0.5 and gain > 4:
+                large[affine.leaf] = gain
+                centered = (w - w.mean()) / max(float(w.std()), 1e-30) / math.sqrt(affine.fan_in)
+                values[index[affine.leaf]] = jnp.asarray(centered, values[index[affine.leaf]].dtype)
+    if not bad or not large or not evidence.stuck:
+        return []
+    cured = evidence.run_from(values)
+    own, gained = max(evidence.progress(evidence.main), 0.0), evidence.progress(cured)
+    if gained < max(2 * own, own + 0.1):
+        return []
+    activation, share = max(bad, key=lambda item: item[1])
+    worst = max(large, key=lambda name: large[name])
+    return [
+        Finding(
+            "unit.saturated", "error", "counterfactual", worst,
+            f"{share:.0%} of the {activation.kind} outputs of {activation.where} are at their "
+            f"bounds before training, from large weights: the mean square of {worst} times fan_in "
+            f"is {large[worst]:.3g}, and 1 would keep the scale. Centered at that size, "
+            f"{evidence.steps} steps get to {cured.last:.3g} instead of {evidence.main.last:.3g}.",
+            {"share": share, "threshold": 0.5, "mean_square_times_fan_in": large,
+             "loss_as_given": evidence.main.last, "loss_with_smaller_weights": cured.last,
+             "layers": [a.where for a, _ in bad]},
+            fix("unit.saturated"), 0.9,
         )
     ]  # fmt: skip
 
