@@ -179,6 +179,15 @@ def test_an_order_lists_its_leaves_and_names_clips_by_design():
     tx = optax.MultiSteps(chain(norm_clip(1.0), optax.adam(0.1)), 3)
     order = checks.clip_order(tx, PARAMS)
     assert not order.intentional
+
+
+def test_a_clip_behind_adafactor_is_not_by_its_design():
+    params = {"w": jnp.ones((256, 256)), "b": jnp.ones(8)}
+    order = checks.clip_order(
+        optax.chain(optax.adafactor(1e-2), optax.clip_by_global_norm(1e-3)), params
+    )
+    assert order == "after"
+    assert not order.intentional
     assert order.leaves["acc_grads/a"] == "accumulator"
     assert order.leaves["inner_opt_state[1][0]/mu/b"] == "before"
     assert order.responses["acc_grads/a"] == "raw"

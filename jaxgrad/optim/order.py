@@ -105,7 +105,7 @@ def clip_order(tx: Any, params: PyTree, *, extra_args: dict[str, Any] | None = N
         leaves=leaves,
         responses=dict(zip(probe.names, kinds, strict=True)),
         steps=tuple(step.name for step in steps),
-        intentional=intentional,
+        intentional=intentional and not follows,
     )
 
 
