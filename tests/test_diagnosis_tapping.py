@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxgrad.diagnosis import passes, tapping
-from jaxgrad.diagnosis.evidence import Evidence, forward_and_back
-from jaxgrad.diagnosis.problem import make_problem
+from jaxgrad.diagnosis.evidence import Evidence
+from jaxgrad.diagnosis.problem import make_problem, why_undifferentiable
 
 
 def _weights(*shapes):
@@ -70,7 +70,7 @@ def _problem(loss, params, batch):
 def _evidence(name):
     loss, params, shape = CASES[name]
     evidence = Evidence(_problem(loss, params, jnp.ones(shape) * 0.3), None, None)
-    assert not forward_and_back(evidence)
+    assert not why_undifferentiable(evidence.problem)
     return evidence
 
 

@@ -23,11 +23,11 @@ from jaxgrad.diagnosis import (
     weights,
 )  # fmt: skip
 from jaxgrad.diagnosis.course import Course, course_of
-from jaxgrad.diagnosis.evidence import Evidence, forward_and_back
+from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding as Finding
 from jaxgrad.diagnosis.finding import Report as Report
 from jaxgrad.diagnosis.finding import matches
-from jaxgrad.diagnosis.problem import make_problem
+from jaxgrad.diagnosis.problem import make_problem, why_undifferentiable
 from jaxgrad.diagnosis.stored import diagnose_run as diagnose_run
 
 # The registry: rules in the order of a run's life. Each takes the evidence and returns findings.
@@ -99,7 +99,7 @@ def diagnose(  # noqa: PLR0913, PLR0917 (a public signature)
         loss, params, batch, batches=batches, has_aux=has_aux, key=key, trainable=trainable
     )
     evidence = Evidence(problem, optimizer, progress)
-    evidence.undifferentiable = forward_and_back(evidence)
+    evidence.undifferentiable = why_undifferentiable(problem)
     found = paths.blocked(evidence) if evidence.undifferentiable else _apply_rules(evidence)
     kept = [f for f in found if not matches(f, ignore)]
     primary, findings = causes.judge(kept)

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -346,22 +345,3 @@ def output_spread(evidence: Evidence, measured: Measurement) -> float | None:
 def leaf_index(evidence: Evidence) -> dict[str, int]:
     """Name -> position of the parameter leaves."""
     return {name: i for i, name in enumerate(evidence.problem.names)}
-
-
-def source_line(op: Any) -> str:
-    """The user's line that made an operation."""
-    from jaxgrad.graph import compat
-
-    return compat.source_line(op.eqn)
-
-
-def forward_and_back(evidence: Evidence) -> str:
-    """The error that JAX raises on differentiating the loss, or an empty string."""
-    problem = evidence.problem
-    try:
-        _ = jax.eval_shape(
-            jax.grad(lambda values: problem.value(values, problem.batch)), problem.values
-        )
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.diagnosis.altered import altered
-from jaxgrad.diagnosis.evidence import WELL, Evidence, source_line
+from jaxgrad.diagnosis.evidence import WELL, Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.training import Trainer
 from jaxgrad.diagnosis.units import layer_of_leaf
 from jaxgrad.diagnosis.weights import compounded, scales, too_large
+from jaxgrad.diagnosis.wiring import source_line
 
 # An overflow in one of these is a matter of size; in all others a NaN is a matter of domain.
 _GROWING = {

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.diagnosis.evidence import Evidence, source_line
+from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.parts import Norm
 from jaxgrad.diagnosis.structure import blocks_of
+from jaxgrad.diagnosis.wiring import source_line
 from jaxgrad.graph.ir import Op, Value
 
 

@@ -211,3 +211,14 @@ def _check_scalar(problem: Problem) -> None:
             f"diagnose expects loss(params, batch) to return a real scalar, got {got}; reduce it "
             "with .mean(), or pass has_aux=True if it returns (loss, aux)"
         )
+
+
+def why_undifferentiable(problem: Problem) -> str:
+    """The error that JAX raises on differentiating the loss, or an empty string."""
+    try:
+        _ = jax.eval_shape(
+            jax.grad(lambda values: problem.value(values, problem.batch)), problem.values
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

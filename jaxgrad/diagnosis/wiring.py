@@ -9,7 +9,7 @@ import jax
 from jaxtyping import PyTree
 
 from jaxgrad.diagnosis.problem import Problem
-from jaxgrad.graph import capture, names
+from jaxgrad.graph import capture, compat, names
 from jaxgrad.graph.arguments import leaf_labels
 from jaxgrad.graph.ir import Block, Lit, Op, Ref, Table, Value, value_inputs
 
@@ -281,3 +281,8 @@ def inputs_for(problem: Problem, values: Any, batch: PyTree, key: Any = None) ->
     leaves = [leaf for leaf in jax.tree.leaves(batch) if isinstance(leaf, jax.Array)]
     extra = [] if problem.key is None else [problem.key if key is None else key]
     return [*values, *leaves, *extra]
+
+
+def source_line(op: Op) -> str:
+    """The user's line that made an operation."""
+    return compat.source_line(op.eqn)
