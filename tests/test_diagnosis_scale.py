@@ -121,13 +121,14 @@ def test_a_penalty_at_whose_cost_nothing_is_learned_dominates(factor: float, exp
     assert primary(loss, layers, data(), optax.adam(5e-3)) == expected
 
 
+@pytest.mark.parametrize("depth", [5, 8])
 @pytest.mark.parametrize(
     ("function", "expected"), [(jax.nn.sigmoid, "gradient.vanishing"), (jnp.tanh, None)]
 )
 def test_sigmoids_that_let_a_deep_net_crawl_are_found_by_tanh_in_their_place(
-    function: Any, expected: Any
+    function: Any, expected: Any, depth: int
 ) -> None:
-    layers = dense((WIDTH, *[64] * 8, CLASSES), gain=1.0)
+    layers = dense((WIDTH, *[64] * depth, CLASSES), gain=1.0)
     assert primary(_classify(function), layers, data(), optax.adam(1e-3)) == expected
 
 

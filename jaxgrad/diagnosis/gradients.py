@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.diagnosis.altered import altered
-from jaxgrad.diagnosis.evidence import WELL, Evidence
+from jaxgrad.diagnosis.evidence import LEARNS, Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.training import Trainer
@@ -24,6 +24,7 @@ _GROWING = {
 
 
 _FLOAT16_SCALE = 2.0**12
+_SHRINKS = 0.05  # of a gradient, from the last hidden layer to the first: a chain worth a trial
 
 
 def nonfinite(evidence: Evidence) -> list[Finding]:
@@ -182,6 +183,8 @@ def gradient_scale(evidence: Evidence) -> list[Finding]:
     where = evidence.hidden()[0].where
     if ratio < 1e-3:
         return _vanishing(evidence, (where, ratio, half), names)
+    if ratio < _SHRINKS and not evidence.improves:
+        return _centered(evidence, where, float(ratio))
     if ratio > 1e3 and evidence.stuck:
         facts = {"first_over_last": float(ratio), "threshold": 1e3}
         return [exploding(where, facts)]
@@ -206,7 +209,7 @@ def _vanishing(
     if evidence.improves and not unresolved:
         return []
     if not unresolved and not evidence.stuck:
-        return _centered(evidence, where, ratio)
+        return _centered(evidence, where, float(ratio))
     severity = "warning" if evidence.improves else "error"
     facts = {
         "first_over_last": float(ratio), "threshold": 1e-3, "first_half_over_last": float(half),
@@ -224,10 +227,10 @@ def _centered(evidence: Evidence, where: str, ratio: float) -> list[Finding]:
     evidence.tell(f"training {evidence.steps} steps with tanh in the place of sigmoids")
     other = Trainer(problem, evidence.optimizer, evidence.steps).run()
     own, gained = evidence.progress(evidence.main), evidence.progress(other)
-    if gained < max(WELL, 2 * own):
+    if gained < max(LEARNS, 2 * own, own + 0.2):
         return []
     facts = {
-        "first_over_last": float(ratio), "threshold": 1e-3, "loss_as_given": evidence.main.last,
+        "first_over_last": ratio, "threshold": _SHRINKS, "loss_as_given": evidence.main.last,
         "loss_with_tanh": other.last,
     }  # fmt: skip
     return [vanishing(where, "error", ratio, facts)]

@@ -1,6 +1,7 @@
 """Penalties, decay, dropout and attention: terms that stand beside the layers."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def _costs_the_fit(ratio: float, facts: dict[str, float]) -> Finding:
     )  # fmt: skip
 
 
-def _gradient_of(evidence: Evidence, penalties: list[Value]) -> list[np.ndarray]:
+def _gradient_of(evidence: Evidence, penalties: list[Value]) -> list[np.ndarray | np.generic]:
     from jaxgrad.diagnosis.passes import inputs_for, tappable
     from jaxgrad.graph import rewrite
 
@@ -71,7 +72,8 @@ def _gradient_of(evidence: Evidence, penalties: list[Value]) -> list[np.ndarray]
     return [g - d for g, d in zip(evidence.initial.grads, data, strict=True)]
 
 
-def _norm(leaves: list[np.ndarray]) -> float:
+def _norm(leaves: Sequence[np.ndarray | np.generic]) -> float:
+    """Of differences, too: that of two scalar arrays is a number of numpy's."""
     return math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves))
 
 
