@@ -79,9 +79,11 @@ def accumulation_sums(seed: int) -> dict[str, Any]:
 
 @program("norm.post_ln_without_warmup", kind="transformer")
 def post_ln_deep(seed: int) -> dict[str, Any]:
+    # new data at every step: a batch that comes again is learned by heart on some seeds
+    batches = [m.copies(1_000 * seed + i, count=32, length=32, vocabulary=32) for i in range(16)]
     return {"loss": lambda p, b: m.language_loss(p, b, placement="post"),
-            "params": m.transformer_params(seed, depth=12), "batch": m.copies(seed),
-            "optimizer": adam(3e-3)}  # fmt: skip
+            "params": m.transformer_params(seed, depth=12, width=64, length=32, vocabulary=32),
+            "batch": batches[0], "batches": batches, "optimizer": adam()}  # fmt: skip
 
 
 @program("init.too_small", where=("[0]",))

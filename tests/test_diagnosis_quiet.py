@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import diagnosis_cases
@@ -12,7 +13,10 @@ import optax
 import pytest
 from diagnosis_cases import CLASSES, WIDTH, cross_entropy, dense, examined, net, primary
 
+import experiments.diagnosis_models as models
+from jaxgrad.diagnosis import rates
 from jaxgrad.diagnosis.causes import judge
+from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.problem import make_problem
 
@@ -171,6 +175,44 @@ def test_a_divergence_that_empties_the_code_dominates(weight: float, expected: A
         return fit + weight * 0.5 * (jnp.exp(log_var) + mean**2 - 1 - log_var).sum(-1).mean()
 
     assert primary(loss, params, batches, optax.adam(5e-3)) == expected
+
+
+# ------------------------------------------------------------------------------------- deep stacks
+
+
+@pytest.mark.parametrize(
+    ("kept", "at_a_tenth", "at_a_third", "found"),
+    [(0.004, 0.2, 0.04, True), (0.13, 0.18, 0.04, False), (0.004, 0.01, 0.04, False),
+     (0.004, 0.2, 0.004, False)],
+    ids=["stalls", "keeps its input", "loses it at any rate", "stalls at any rate"],
+)  # fmt: skip
+def test_a_stall_is_told_by_what_gentler_steps_get_to_in_the_long_run(
+    kept: float, at_a_tenth: float, at_a_third: float, found: bool
+) -> None:
+    given, third = SimpleNamespace(last=3.47), SimpleNamespace(last=3.3)
+    known = {
+        "__init__": lambda _: None, "main": given, "longer": given, "steps": 80,
+        "run": lambda _, **__: third, "patient": SimpleNamespace(run=lambda **_: third),
+        "kept": lambda _, run: kept if run is given else at_a_tenth,
+        "progress": lambda _, run: 0.001 if run is given else at_a_third,
+    }  # fmt: skip
+    kind: Any = type("Known", (Evidence,), known)
+    assert bool(rates._stall(kind())) is found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "expected"), [(12, "norm.post_ln_without_warmup"), (6, None)])
+def test_twelve_post_ln_blocks_stall_at_a_rate_at_which_six_train(
+    depth: int, expected: Any
+) -> None:
+    """The copy task of 32 tokens, at Adam 1e-3 (Xiong et al. 2020 on why)."""
+    batches = [models.copies(i, count=32, length=32, vocabulary=32) for i in range(16)]
+
+    def loss(params: Any, tokens: Any) -> Any:
+        return models.language_loss(params, tokens, placement="post")
+
+    params = models.transformer_params(0, depth=depth, width=64, length=32, vocabulary=32)
+    assert primary(loss, params, batches, optax.adam(1e-3)) == expected
 
 
 # ------------------------------------------------------------------------------- what comes first

@@ -201,10 +201,15 @@ class Evidence:
         return self.run()
 
     @functools.cached_property
+    def patient(self) -> Trainer:
+        """The training three times as long: a slow start is no fault."""
+        self.tell(f"training {3 * self.steps} steps")
+        return Trainer(self.problem, self.optimizer, 3 * self.steps)
+
+    @functools.cached_property
     def longer(self) -> Run:
-        """The training as given, three times as long: a slow start is no fault."""
-        self.tell(f"training {3 * self.steps} steps as given")
-        return Trainer(self.problem, self.optimizer, 3 * self.steps).run()
+        """The training as given, three times as long."""
+        return self.patient.run()
 
     def progress(self, run: Run) -> float:
         """The share of its loss that a run took off, from the smaller of first loss and a guess's.
@@ -274,8 +279,6 @@ class Evidence:
         final = self.final if run is self.main else self.instrument.measure(run.values)
         after = output_spread(self, final)
         return None if after is None else after / before
-
-    # ----------------------------------------------------------------------------- optimizer
 
     @property
     def plain_optimizer(self) -> Any:

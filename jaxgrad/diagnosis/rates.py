@@ -17,6 +17,8 @@ from jaxgrad.diagnosis.training import Run, Trainer
 # Share of its spread over the data that an output has left: of a collapsed one at most, of another
 # one at least.
 _FORGOTTEN, _REMEMBERED = 1e-3, 0.03
+# The same of one that is about to collapse; the share of its loss below which a run stands.
+_LOST, _STANDS = 0.05, 0.02
 # a warm-up that at this many times the run's length has not come to this ratio is too long
 _PATIENCE, _EFFECTIVE = 10.0, 1e-4
 # a run shot far above its start; a slower one leaves less than this share of what it leaves
@@ -222,7 +224,8 @@ def _post_ln(evidence: Evidence, best: float, collapsed: dict[str, float]) -> li
         evidence.progress(evidence.run(scale=0.3, warmup=steps)),
     )
     cured = max(warm, best)
-    if cured < max(0.02, 2 * own) and not collapsed:
+    stall = {} if collapsed or cured >= max(0.02, 2 * own) else _stall(evidence)
+    if cured < max(0.02, 2 * own) and not collapsed and not stall:
         return []
     norm = next(n for n in evidence.structure.norms if n.post)
     return [
@@ -232,14 +235,37 @@ def _post_ln(evidence: Evidence, best: float, collapsed: dict[str, float]) -> li
             "peak: the deep stack stalls"
             + (f" with an output that forgot its input ({collapsed['spread_kept']:.0e} of its "
                "spread over the data is left)" if collapsed else "")
+            + (f" ({stall['loss_after_longer']:.3g} after {3 * evidence.steps} steps, at a third "
+               f"of the rate {stall['loss_after_longer_at_a_third']:.3g})" if stall else "")
             + ", and gentler steps mend it.",
             {"loss_as_given": evidence.main.last, "taken_off": own,
              "taken_off_with_warmup": warm, "taken_off_at_lower_rates": best,
-             "norms": sum(n.copies for n in evidence.structure.norms if n.post)} | collapsed,
+             "norms": sum(n.copies for n in evidence.structure.norms if n.post)}
+            | collapsed | stall,
             fix("norm.post_ln_without_warmup"), 0.85,
             may_be_wrong="the learning rate is too high for any arrangement of norms",
         )
     ]  # fmt: skip
+
+
+def _stall(evidence: Evidence) -> dict[str, float]:
+    """Facts on a run whose output loses its input, and that gentler steps get on in the long run.
+
+    No training of the usual length tells it: deep nets of this kind take their time at any rate.
+    """
+    kept = evidence.kept(evidence.main)
+    if kept is None or kept > _LOST or evidence.progress(evidence.main) > _STANDS:
+        return {}
+    gentler = evidence.kept(evidence.run(scale=0.1))
+    if gentler is None or gentler < 20 * kept:
+        return {}
+    given, other = evidence.longer, evidence.patient.run(scale=0.3)
+    if evidence.progress(other) < max(_STANDS, 2 * evidence.progress(given)):
+        return {}
+    return {
+        "spread_kept": kept, "spread_kept_at_a_tenth": gentler, "loss_after_longer": given.last,
+        "loss_after_longer_at_a_third": other.last,
+    }  # fmt: skip
 
 
 def _outlying_batch(evidence: Evidence, own: float) -> list[Finding]:
