@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "gelu": (jax.nn.gelu, "gelu"),
     "exact gelu": (lambda x: jax.nn.gelu(x, approximate=False), "gelu"),
     "gelu by hand": (lambda x: 0.5 * x * (1 + jax.lax.erf(x / 2**0.5)), "gelu"),
+    "gelu by tanh": (lambda x: 0.5 * x * (1 + jnp.tanh(0.8 * (x + 0.0447 * x * x * x))), "gelu"),
     "gelu by sigmoid": (lambda x: x * jax.nn.sigmoid(1.702 * x), "silu"),
     "silu": (jax.nn.silu, "silu"),
     "tanh": (jnp.tanh, "tanh"),

@@ -153,8 +153,9 @@ def _multiples(ref: Ref, wiring: Wiring, hops: int = 6) -> list[Value]:
             found.append(behind)
             if op is not None and op.name in (*_UNARY, *_SCALINGS):
                 live = [r for r in op.inputs if not isinstance(r, Lit) and r in wiring.live]
-                several = [set(_multiples(r, wiring, hops - 1)) for r in live[1:] if hops]
-                if all(set(_multiples(live[0], wiring, hops - 1)) & each for each in several):
+                less = min(hops - 1, 4)  # the search branches here
+                bases = [set(_multiples(r, wiring, less)) for r in live] if len(live) > 1 else []
+                if all(bases[0] & each for each in bases):
                     following += live
         queue = following
     return found
