@@ -219,6 +219,14 @@ class Evidence:
         known = np.isfinite(self.initial.value) and run.levels is None
         return taken_off(self.initial.value if known else run.first, run.last, self.baseline)
 
+    def gains(self, run: Run, times: float = 2.0, by: float = 0.1) -> bool:
+        """Whether another training takes off so many times as much as the given one, and `by` more.
+
+        The share that is taken off by a run that made it worse counts as none.
+        """
+        own = max(self.progress(self.main), 0.0)
+        return self.progress(run) >= max(times * own, own + by)
+
     @functools.cached_property
     def alternatives(self) -> dict[str, Run]:
         """The same training at other learning rates, and with Adam at 1e-3."""
@@ -300,16 +308,6 @@ class Evidence:
         except Exception as error:  # an optimizer that needs more than gradients
             self.notes.append(f"the optimizer could not be probed: {error}")
             return None
-
-    @property
-    def warms_up(self) -> bool:
-        """Whether the updates grow from next to nothing over the run."""
-        ratio = self.main.update_norms[self.main.update_norms > 0]
-        if len(ratio) < 8:
-            return False
-        start, end = float(ratio[0]), float(np.median(ratio[len(ratio) // 2 :]))
-        middle = float(np.median(ratio[: len(ratio) // 4]))
-        return start < 0.2 * end and middle < 0.8 * end
 
     @functools.cached_property
     def every(self) -> int:

@@ -221,13 +221,14 @@ def _vanishing(
 def _centered(evidence: Evidence, where: str, ratio: float) -> list[Finding]:
     """Sigmoids that let a run crawl: the same training with tanh in their place tells it."""
     sigmoids = [a.output for a in evidence.hidden() if a.kind == "sigmoid"]
-    problem = altered(evidence, sigmoids, _tanh_of_sigmoid) if len(sigmoids) > 3 else None
+    if len(sigmoids) <= 3:
+        return []
+    problem = altered(evidence.problem, evidence.wiring, sigmoids, lambda s, _: _tanh_of_sigmoid(s))
     if problem is None:
         return []
     evidence.tell(f"training {evidence.steps} steps with tanh in the place of sigmoids")
     other = Trainer(problem, evidence.optimizer, evidence.steps).run()
-    own, gained = evidence.progress(evidence.main), evidence.progress(other)
-    if gained < max(LEARNS, 2 * own, own + 0.2):
+    if evidence.progress(other) < LEARNS or not evidence.gains(other, by=0.2):
         return []
     facts = {
         "first_over_last": ratio, "threshold": _SHRINKS, "loss_as_given": evidence.main.last,

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.diagnosis.altered import altered, reachable
 from jaxgrad.diagnosis.parts import Softmax, Structure
-from jaxgrad.diagnosis.passes import tappable
 from jaxgrad.diagnosis.problem import FEW, Problem, arrays_of, count_examples
 from jaxgrad.diagnosis.structure import bound_of
-from jaxgrad.diagnosis.wiring import Wiring, inputs_for
-from jaxgrad.graph import rewrite
+from jaxgrad.diagnosis.wiring import Wiring
 from jaxgrad.graph.ir import Value
 
 
@@ -55,22 +54,14 @@ def value_of_zeros(
     It takes the loss as it is written, with its weights, masks, smoothing and sums: no formula for
     the number of classes could.
     """
-    places = [at for at in (tappable(v, wiring) for v in where) if at is not None]
-    taps = {v: i for i, v in enumerate(dict.fromkeys(places))}
-    if not taps:
+    places = reachable(where, wiring)
+    other = altered(problem, wiring, places, lambda x, _: jnp.full_like(x, fill))
+    if other is None:
         return None
-    tapped = rewrite.Tapped(
-        wiring.table, taps, lambda x, slot: (jnp.full_like(x, fill), slot), jnp.zeros_like
-    )
-    slots = {i: jnp.zeros(wiring.lengths[wiring.producer[v]]) for v, i in taps.items()}
-
-    @jax.jit
-    def run(values: list[jax.Array], arrays: list[jax.Array]) -> jax.Array:
-        return tapped.run(wiring.block, inputs_for(problem, values, arrays), slots)[0][0]
-
+    value = jax.jit(other.value)
     few = (count_examples(problem.batch) or FEW) < FEW
     batches = problem.batches if few else (problem.batch,)
-    loss = float(np.mean([run(problem.values, arrays_of(batch)) for batch in batches]))
+    loss = float(np.mean([value(problem.values, arrays_of(batch)) for batch in batches]))
     return loss if math.isfinite(loss) else None
 
 

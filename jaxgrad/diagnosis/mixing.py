@@ -1,12 +1,10 @@
 """Examples of a batch that are mixed, and sums that are thrown away."""
 
-from dataclasses import replace
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.diagnosis.altered import altered
 from jaxgrad.diagnosis.evidence import WELL, Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
@@ -126,20 +124,13 @@ def _with_the_sum(evidence: Evidence, base: Value, i: int) -> list[Finding]:
         return []
     if whole[len(whole) - len(shape) :] != shape:
         return []
-    tapped = rewrite.Tapped(wiring.table, {at: 0}, lambda x, s: (x + s, s), jnp.zeros_like)
-
-    def loss(params: Any, batch: Any, *key: Any) -> jax.Array:
-        values = problem.flat(params)
-        summand = jnp.broadcast_to(values[i], whole).astype(wiring.table.avals[at].dtype)
-        args = inputs_for(problem, values, batch, *key)
-        return tapped.run(wiring.block, args, {0: summand})[0][0]
-
+    other = altered(problem, wiring, [base], lambda x, values: x + values[i])
+    if other is None:
+        return []
     name = problem.names[i]
     evidence.tell(f"training {evidence.steps} steps with {name} added")
-    other = replace(problem, loss=loss, has_aux=False)
     cured = Trainer(other, evidence.optimizer, evidence.steps).run()
-    own, gained = evidence.progress(evidence.main), evidence.progress(cured)
-    if gained < max(2 * own, own + 0.1):
+    if not evidence.gains(cured):
         return []
     return [
         Finding(

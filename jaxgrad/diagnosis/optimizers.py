@@ -212,20 +212,9 @@ def _keeps_size(evidence: Evidence, threshold: float) -> bool:
 
     Adam does, and a clip before it hardly changes how far a step goes.
     """
-    problem, tx = evidence.problem, evidence.trainer.tx
-    tree = problem.tree(problem.values)
-
-    @jax.jit
-    def step(norm: jax.Array) -> list[jax.Array]:
-        factor = norm / evidence.initial.norm
-        grads = problem.tree([jnp.asarray(g) * factor for g in evidence.initial.grads])
-        state = tx.init(tree)
-        for _ in range(min(evidence.every, 8)):
-            updates, state = tx.update(grads, state, tree)
-        return problem.flat(updates)
-
+    step, factor = jax.jit(_fresh_step(evidence)), threshold / evidence.initial.norm
     try:
-        at, below = (step(jnp.float32(threshold * f)) for f in (1.0, 0.1))
+        at, below = (step(jnp.float32(factor * f))[0] for f in (1.0, 0.1))
     except TypeError:
         return False
     size = math.sqrt(sum(float(jnp.sum(jnp.square(a))) for a in at))
@@ -253,24 +242,34 @@ def clip_always_finding(raw: np.ndarray, clipped: np.ndarray) -> list[Finding]:
     ]  # fmt: skip
 
 
+def _fresh_step(evidence: Evidence) -> Callable[[jax.Array], tuple[list[jax.Array], Any]]:
+    """The first update, and the state after it, of the given gradient at so many times its size."""
+    problem, tx = evidence.problem, evidence.trainer.tx
+    tree = problem.tree(problem.values)
+
+    def step(factor: jax.Array) -> tuple[list[jax.Array], Any]:
+        grads = problem.tree([jnp.asarray(g) * factor for g in evidence.initial.grads])
+        state, updates = tx.init(tree), tree
+        for _ in range(min(evidence.every, 8)):
+            updates, state = tx.update(grads, state, tree)
+        return problem.flat(updates), state
+
+    return step
+
+
 def _threshold(evidence: Evidence) -> float | None:
     """Norm along the given gradient at which a fresh state stops to answer; None if it never."""
-    problem, tx = evidence.problem, evidence.trainer.tx
     if not evidence.initial.finite or evidence.initial.norm == 0:
         return None
-    tree = problem.tree(problem.values)
     powers = np.arange(-32.0, 17.0)
-    every = evidence.every
+    step = _fresh_step(evidence)
 
     @jax.jit
     def answers(factors: jax.Array) -> list[jax.Array]:
         def one(factor: jax.Array) -> list[jax.Array]:
-            grads = [jnp.asarray(g) * factor for g in evidence.initial.grads]
-            state = tx.init(tree)
-            for _ in range(min(every, 8)):
-                updates, state = tx.update(problem.tree(grads), state, tree)
+            updates, state = step(factor)
             floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-            seen = problem.flat(updates) if evidence.clip == "stateless" else floats
+            seen = updates if evidence.clip == "stateless" else floats
             return [jnp.sum(jnp.abs(x)) for x in seen]
 
         return jax.lax.map(one, factors)

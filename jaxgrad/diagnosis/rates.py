@@ -11,7 +11,7 @@ from jaxgrad.diagnosis.evidence import LEARNS, WELL, Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.problem import FEW, Problem, count_examples
-from jaxgrad.diagnosis.schedules import ends_early, out_of_rate, runs_out
+from jaxgrad.diagnosis.schedules import at_a_constant_rate, ends_early, out_of_rate, runs_out
 from jaxgrad.diagnosis.training import Run, Trainer
 
 # Share of its spread over the data that an output has left: of a collapsed one at most, of another
@@ -106,9 +106,9 @@ def _too_low(evidence: Evidence) -> list[Finding]:
         if gained > LEARNS:
             return []
     if runs_out(run):
-        other = evidence.run(reference=True)
-        if evidence.progress(other) > max(0.1, 10 * own):
-            return [out_of_rate(evidence, evidence.progress(other))]
+        gained = evidence.progress(evidence.run(reference=True))
+        if gained > max(0.1, 10 * own):
+            return [out_of_rate(evidence, *at_a_constant_rate(gained))]
     if run.update_norms.max() == 0 and evidence.progress(evidence.run(reference=True)) > 0.1:
         return [_low(evidence, math.inf, evidence.progress(evidence.run(reference=True)))]
     return []
@@ -118,7 +118,7 @@ def _gets_there(evidence: Evidence) -> bool:
     """Whether a warm-up reaches an effective rate before long, at the pace of this run."""
     run = evidence.main
     tail = run.typical_ratio(len(run.losses) - max(len(run.losses) // 10, 1))
-    return evidence.warms_up and tail * _PATIENCE > _EFFECTIVE
+    return evidence.main.warms_up and tail * _PATIENCE > _EFFECTIVE
 
 
 def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
@@ -126,7 +126,7 @@ def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
     own = max(evidence.progress(run), 0.0)
     warm = (
         f" The rate still warms up, and after {_PATIENCE:g} times as many steps it would be too "
-        "low, too." if evidence.warms_up else ""
+        "low, too." if evidence.main.warms_up else ""
     )  # fmt: skip
     return Finding(
         "lr.too_low", "error", "counterfactual", "optimizer",
@@ -150,7 +150,7 @@ def _too_high(evidence: Evidence, collapsed: dict[str, float]) -> list[Finding]:
         if best > LEARNS:
             break
     post = is_post_ln(evidence)
-    if post and not evidence.warms_up:
+    if post and not evidence.main.warms_up:
         found = _post_ln(evidence, best, collapsed)
         if found:
             return found

@@ -64,9 +64,8 @@ def lost(evidence: Evidence) -> list[Finding]:
         return []
     evidence.tell(f"training {evidence.steps} steps with float32 parameters")
     cured = _with_wide_parameters(evidence)
-    own, gained = max(evidence.progress(run), 0.0), evidence.progress(cured)
     # the same program but for the rounding: what differs is the rounding's doing
-    if gained < max(1.5 * own, own + 0.05):
+    if not evidence.gains(cured, times=1.5, by=0.05):
         return []
     facts = {"loss_as_given": run.last, "loss_with_float32_parameters": cured.last}
     return [lost_updates(found, facts, 0.93)]

@@ -20,7 +20,7 @@ def ends_early(evidence: Evidence) -> list[Finding]:
         return []
     gained = evidence.progress(evidence.run(reference=True))
     if gained > max(LEARNS, 3 * own):
-        return [out_of_rate(evidence, gained)]
+        return [out_of_rate(evidence, *at_a_constant_rate(gained))]
     return _stands_still(evidence)
 
 
@@ -41,7 +41,7 @@ def _stands_still(evidence: Evidence) -> list[Finding]:
         return []
     facts = {"loss_at_first": start, "loss_at_the_end": end, "loss_taken_up_again": later}
     words = f"from there Adam at a constant 1e-3 takes it on to {later:.3g}"
-    return [out_of_rate(evidence, None, words, facts)]
+    return [out_of_rate(evidence, words, facts)]
 
 
 def runs_out(run: Run) -> bool:
@@ -58,14 +58,16 @@ def _left(norms: np.ndarray) -> float:
     return float(np.median(norms[-quarter:])) / max(float(np.max(norms[:quarter])), 1e-37)
 
 
-def out_of_rate(
-    evidence: Evidence, gained: float | None, words: str = "", facts: dict[str, float] | None = None
-) -> Finding:
-    """The finding, with the share that Adam takes off, or words and facts of another training."""
+def at_a_constant_rate(gained: float) -> tuple[str, dict[str, float]]:
+    """Words and facts on the share of its loss that the same training takes off with Adam."""
+    facts = {"taken_off_at_a_constant_rate": gained}
+    return f"Adam at a constant 1e-3 takes off {gained:.0%}", facts
+
+
+def out_of_rate(evidence: Evidence, words: str, facts: dict[str, float]) -> Finding:
+    """The finding, with words and facts on another training that goes on."""
     run = evidence.main
     left = _left(run.update_norms)
-    words = words or f"Adam at a constant 1e-3 takes off {gained:.0%}"
-    facts = facts or {"taken_off_at_a_constant_rate": gained or 0.0}
     return Finding(
         "lr.too_low", "error", "counterfactual", "optimizer",
         f"The updates come to an end at a loss of {run.last:.3g}: the last ones are {left:.1g} of "

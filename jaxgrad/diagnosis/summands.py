@@ -60,7 +60,7 @@ def fits_data(term: Value, wiring: Wiring) -> bool:
 
 def without(evidence: Evidence, terms: Sequence[Value]) -> Problem | None:
     """The problem with some terms of its loss at zero."""
-    return altered(evidence, terms, jnp.zeros_like)
+    return altered(evidence.problem, evidence.wiring, terms, lambda x, _: jnp.zeros_like(x))
 
 
 def given_up(evidence: Evidence, terms: Sequence[Value]) -> dict[str, float] | None:

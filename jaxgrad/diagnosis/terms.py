@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.diagnosis import guess, summands
+from jaxgrad.diagnosis.altered import altered, reachable
 from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
+from jaxgrad.diagnosis.problem import arrays_of
 from jaxgrad.graph.ir import Value
 
 # A penalty whose first gradient is below this share of the data's does not keep them from learning.
@@ -55,20 +57,10 @@ def _costs_the_fit(ratio: float, facts: dict[str, float]) -> Finding:
 
 
 def _gradient_of(evidence: Evidence, penalties: list[Value]) -> list[np.ndarray | np.generic]:
-    from jaxgrad.diagnosis.passes import inputs_for, tappable
-    from jaxgrad.graph import rewrite
-
-    wiring, problem = evidence.wiring, evidence.problem
-    places = [at for at in (tappable(v, wiring) for v in penalties) if at is not None]
-    taps = {v: i for i, v in enumerate(dict.fromkeys(places))}
-    tapped = rewrite.Tapped(wiring.table, taps, lambda x, _: (jax.lax.stop_gradient(x), x), None)
-    slots = {i: jnp.zeros(()) for i in taps.values()}
-
-    def data_only(values: list[jax.Array]) -> jax.Array:
-        out, _ = tapped.run(wiring.block, inputs_for(problem, values, problem.batch), slots)
-        return out[0]
-
-    data = jax.device_get(jax.jit(jax.grad(data_only))(problem.values))
+    problem, wiring = evidence.problem, evidence.wiring
+    places = reachable(penalties, wiring)
+    fit = altered(problem, wiring, places, lambda x, _: jax.lax.stop_gradient(x)) or problem
+    data = jax.device_get(jax.jit(jax.grad(fit.value))(problem.values, arrays_of(problem.batch)))
     return [g - d for g, d in zip(evidence.initial.grads, data, strict=True)]
 
 

@@ -80,6 +80,16 @@ class Run:
         return (self.first - self.last) / max(abs(self.first), 1e-12)
 
     @property
+    def warms_up(self) -> bool:
+        """Whether the updates grow from next to nothing over the run."""
+        norms = self.update_norms[self.update_norms > 0]
+        if len(norms) < 8:
+            return False
+        start, end = float(norms[0]), float(np.median(norms[len(norms) // 2 :]))
+        early = float(np.median(norms[: len(norms) // 4]))
+        return start < 0.2 * end and early < 0.8 * end
+
+    @property
     def update_ratio(self) -> float:
         """Median over steps and matrices of update RMS over weight RMS, where something moved."""
         return self.typical_ratio(0)

@@ -77,8 +77,7 @@ def _gates_saturated(evidence: Evidence) -> list[Finding]:
     if not bad or not large or not evidence.stuck:
         return []
     cured = evidence.run_from(values)
-    own, gained = max(evidence.progress(evidence.main), 0.0), evidence.progress(cured)
-    if gained < max(2 * own, own + 0.1):
+    if not evidence.gains(cured):
         return []
     activation, share = max(bad, key=lambda item: item[1])
     worst = max(large, key=lambda name: large[name])

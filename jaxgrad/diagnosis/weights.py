@@ -114,13 +114,11 @@ def init_scale(evidence: Evidence) -> list[Finding]:
 def _loud_at_first(evidence: Evidence, found: list[Scale]) -> list[Finding]:
     """An output far too large, by some weights: the same training with them as needed tells it."""
     signs = loud(evidence, 0.4) if any(s.ratio > 2 for s in found) else None
-    own = evidence.progress(evidence.main)
-    if signs is None or own >= WELL:
+    if signs is None or evidence.progress(evidence.main) >= WELL:
         return []
     wide = [s for s in found if s.ratio > 1]
     cured = evidence.run_from(rescaled(evidence, wide))
-    gained = evidence.progress(cured)
-    if gained < max(2 * own, own + 0.1, 0.1):
+    if not evidence.gains(cured):
         return []
     signs |= {"loss_as_given": evidence.main.last, "loss_with_the_needed_scale": cured.last}
     severity = "warning" if evidence.improves else "error"
@@ -134,15 +132,14 @@ def _recurrence_too_large(evidence: Evidence, found: list[Scale]) -> list[Findin
     matrices at the scale that keeps the state's tells it.
     """
     wide = [s for s in _recurrent(evidence, found) if s.ratio > 2]
-    own = max(evidence.progress(evidence.main), 0.0)
-    if not wide or own > WELL:
+    if not wide or evidence.progress(evidence.main) > WELL:
         return []
     index, values = leaf_index(evidence), list(evidence.problem.values)
     for scale in wide:
         i = index[scale.affine.leaf]
         values[i] = (values[i].astype(jnp.float32) / scale.ratio).astype(values[i].dtype)
     cured = evidence.run_from(values)
-    if evidence.progress(cured) < max((2.0 if evidence.improves else 1.5) * own, own + 0.1):
+    if not evidence.gains(cured, times=2.0 if evidence.improves else 1.5):
         return []
     worst = wide[0]
     return [
@@ -237,10 +234,10 @@ def _maybe_too_small(evidence: Evidence, found: list[Scale]) -> list[Finding]:
     if worst > 0.25 and not evidence.stuck:
         return []
     cured = evidence.run_from(rescaled(evidence, found))
-    own, gained = max(evidence.progress(evidence.main), 0.0), evidence.progress(cured)
+    better = evidence.gains(cured, times=2.5)
     if _gives_the_mean(evidence):
-        own, gained = 0.0, _beyond_the_mean(evidence, cured)
-    if gained < max(2.5 * own, own + 0.1):
+        better = _beyond_the_mean(evidence, cured) >= 2 * _NOTHING
+    if not better:
         return []
     where, scale = small[0].affine.where, small[0]
     facts = {
