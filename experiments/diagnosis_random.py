@@ -36,10 +36,11 @@ def drawn(seed: int) -> tuple[Made, Made, Fault, float]:
     """A program, the same with a fault, the fault and its severity."""
     rng = np.random.default_rng([seed, 1])
     made = draw(seed)
-    family, regression = made.facts["family"], made.facts["data"] == "diabetes"
+    family, regression = made.facts["family"], made.batches[0][1].dtype == np.float32
     fits = [
         f for f in FAULTS
-        if family in (f.families or (family,)) and not (f.classes and regression)
+        if family in (f.families or (family,))
+        and not (f.classes if regression else f.regression)
     ]  # fmt: skip
     fault, severity = fits[int(rng.integers(len(fits)))], float(rng.random())
     made = draw(seed, fault.depth)
@@ -70,7 +71,7 @@ def quality(made: Made) -> float:
     if not np.isfinite(z).all():
         return float("-inf")
     if y.dtype == np.float32:
-        return 1 - float(np.mean((z[:, 0] - y) ** 2) / np.var(y))
+        return 1 - float(np.mean((z.reshape(y.shape) - y) ** 2) / np.mean((y - y.mean(0)) ** 2))
     return float(np.mean(z.argmax(-1) == y))
 
 

@@ -23,6 +23,7 @@ class Fault:
         families: of programs that it applies to; all if empty.
         depth: of layers that it takes at least.
         classes: whether it takes a classification.
+        regression: whether it takes a regression.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Fault:
     families: tuple[str, ...] = ()
     depth: int = 1
     classes: bool = False
+    regression: bool = False
 
 
 def _pick(severity: float, *values: Any) -> Any:
@@ -130,6 +132,112 @@ def _stopped(made: Made, severity: float) -> Made:
     return replace(made, between=between)
 
 
+def _root(made: Made, severity: float) -> Made:
+    at = made.last if severity > 0.5 else 0
+
+    def between(i: int, h: Any, _: Any) -> Any:
+        return h + jnp.where(h > 0, jnp.sqrt(h), 0.0) if i == at else h
+
+    return replace(made, between=between)
+
+
+def _stepped(made: Made, severity: float) -> Made:
+    at = made.last if severity > 0.5 else 0
+    step = jnp.round if severity * 100 % 2 < 1 else lambda h: h.astype(jnp.int32).astype(h.dtype)
+    return replace(made, between=lambda i, h, _: step(h) if i == at else h)
+
+
+def _half(made: Made, severity: float) -> Made:
+    small, forward, criterion = _pick(severity, 1e-6, 1e-5), made.forward, made.criterion
+    half = lambda tree: jax.tree.map(  # noqa: E731
+        lambda a: a.astype(jnp.float16) if a.dtype == jnp.float32 else a, tree
+    )
+    return replace(
+        made,
+        forward=lambda p, x, *rest: forward(half(p), half(x), *rest).astype(jnp.float32),
+        criterion=lambda z, y: small * criterion(z, y),
+    )
+
+
+def _scheduled(schedule: Callable[[float, float], Any]) -> Callable[[Made, float], Made]:
+    return lambda made, severity: replace(
+        made, facts=made.facts | {"warmup": False}, rate=schedule(made.rate, severity)
+    )
+
+
+def _ruled(rule: Callable[[float], Callable[[Any], Any]]) -> Callable[[Made, float], Made]:
+    return lambda made, severity: replace(made, rule=rule(severity))
+
+
+def _heavy(made: Made, severity: float) -> Made:
+    momentum = _pick(severity, 0.999, 0.99)
+    facts = made.facts | {"warmup": False}
+    return replace(made, facts=facts, rate=0.05, rule=lambda r: optax.sgd(r, momentum=momentum))
+
+
+def _raw_targets(made: Made, severity: float) -> Made:
+    scale, shift = _pick(severity, (1e4, 3e4), (300.0, 1e3))
+    batches = [(x, (y * scale + shift).astype(np.float32)) for x, y in made.batches]
+    return replace(made, batches=batches)
+
+
+def _bounded(made: Made, severity: float) -> Made:
+    return replace(made, shown=_pick(severity, jax.nn.sigmoid, jax.nn.relu))
+
+
+def _broadcast(made: Made, severity: float) -> Made:
+    del severity
+    return replace(made, criterion=lambda z, y: jnp.mean(jnp.square(z - y)))
+
+
+def _batch_axis(made: Made, severity: float) -> Made:
+    del severity
+
+    def criterion(z: Any, y: Any) -> Any:
+        logs = jax.nn.log_softmax(z, axis=0)
+        return -jnp.take_along_axis(logs, y[..., None], -1).mean()
+
+    return replace(made, criterion=criterion)
+
+
+def _loud_attention(made: Made, severity: float) -> Made:
+    factor = _pick(severity, 12.0, 6.0)
+    layers = [layer | {"qkv": layer["qkv"] * factor} for layer in made.params["layers"]]
+    return replace(made, params=made.params | {"layers": layers})
+
+
+def _erased(made: Made, severity: float) -> Made:
+    return replace(made, around=lambda tx: erasing(tx, _pick(severity, 16, 8)))
+
+
+def erasing(tx: Any, every: int) -> Any:
+    """An accumulator that forgets: it zeroes its sum before it adds."""
+
+    def init(params: Any) -> Any:
+        return (jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tx.init(params))
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        count, kept, inner = state
+        kept = jax.tree.map(lambda a, g: 0 * a + g / every, kept, grads)
+        updates, new = tx.update(kept, inner, params)
+        emit = (count + 1) % every == 0
+        inner = jax.tree.map(lambda a, b: jnp.where(emit, a, b), new, inner)
+        return jax.tree.map(lambda u: emit * u, updates), (count + 1, kept, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _outlier(made: Made, severity: float) -> Made:
+    factor, batches = _pick(severity, 1e5, 1e3), list(made.batches)
+    batches[5] = ((batches[5][0] * factor).astype(np.float32), batches[5][1])
+    return replace(made, batches=batches)
+
+
+def _of_one(made: Made, severity: float) -> Made:
+    del severity
+    return replace(made, batches=[(x[:1], y[:1]) for x, y in made.batches])
+
+
 _SATURATED = ("unit.saturated", "init.too_large")
 FAULTS = (
     Fault("small weights", ("init.too_small", "gradient.vanishing"), _small, ("mlp", "conv"), 4),
@@ -150,4 +258,52 @@ FAULTS = (
     Fault("strong penalty", ("regularization.dominates",), _penalty),
     Fault("strong dropout", ("regularization.dropout_too_strong",), _dropout),
     Fault("stopped gradient", ("gradient.blocked",), _stopped),
+    Fault("unsafe root", ("gradient.nonfinite",), _root),
+    Fault("steps in the forward pass", ("gradient.blocked",), _stepped),
+    Fault("float16 loss without scaling", ("precision.underflow",), _half),
+    Fault(
+        "endless warm-up",
+        ("lr.too_low",),
+        _scheduled(lambda rate, s: optax.linear_schedule(0.0, rate, _pick(s, 10**6, 10**5))),
+    ),
+    Fault(
+        "rate that ends",
+        ("lr.too_low",),
+        _scheduled(lambda rate, s: optax.exponential_decay(rate, 1, _pick(s, 0.6, 0.8))),
+    ),
+    Fault(
+        "strong decay",
+        ("regularization.dominates",),
+        _ruled(lambda s: lambda r: optax.adamw(r, weight_decay=_pick(s, 100.0, 30.0))),
+    ),
+    Fault(
+        "large epsilon",
+        ("lr.too_low",),
+        _ruled(lambda s: lambda r: optax.adam(r, eps=_pick(s, 100.0, 10.0))),
+    ),
+    Fault("heavy momentum", ("lr.too_high", "unit.dead", "loss.spike"), _heavy),
+    Fault("raw targets", ("data.unnormalized",), _raw_targets, regression=True),
+    Fault("bounded regression", ("loss.output_mismatch", "unit.dead"), _bounded, regression=True),
+    Fault(
+        "broadcast loss",
+        ("loss.output_mismatch",),
+        _broadcast,
+        ("mlp", "residual"),
+        regression=True,
+    ),
+    Fault("softmax over the batch", ("loss.output_mismatch",), _batch_axis, classes=True),
+    Fault(
+        "loud attention",
+        ("attention.logit_growth", "init.too_large"),
+        _loud_attention,
+        ("transformer",),
+    ),
+    Fault("erased accumulation", ("accumulation.ineffective",), _erased),
+    Fault(
+        "one bad batch",
+        ("loss.spike", "data.unnormalized"),
+        _outlier,
+        ("mlp", "conv", "gru", "lstm", "residual"),
+    ),
+    Fault("batch norm of one example", ("norm.batch_of_one",), _of_one, ("resnet",)),
 )

@@ -1,7 +1,8 @@
 """Training programs drawn at random, and one fault drawn at random for each.
 
-A program is a family (perceptron, convolutions, GRU, Pre-LN transformer), its data, sizes,
-activation, optimizer and rate, all of a random seed, and in ranges in which such programs are used.
+A program is a family (perceptron, convolutions, GRU, Pre-LN transformer, autoencoder, a residual
+net of linen's or of NNX's, an LSTM of equinox's), its data, sizes, activation, optimizer and rate,
+all of a random seed, and in ranges in which such programs are used.
 """
 
 import itertools
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import random_modules
 from experiments.diagnosis_models import layer_norm
 
 # Activation, and the weight variance times fan_in that suits it.
@@ -28,7 +30,13 @@ RULES: dict[str, tuple[Callable[[Any], Any], float]] = {
     "rmsprop": (optax.rmsprop, 1e-3), "lion": (optax.lion, 3e-4),
     "adagrad": (optax.adagrad, 0.03), "nadam": (optax.nadam, 1e-3),
 }  # fmt: skip
-FAMILIES = ("mlp", "mlp", "mlp", "conv", "gru", "transformer")
+FAMILIES = (
+    "mlp", "mlp", "mlp", "conv", "gru", "transformer", "autoencoder", "resnet", "residual", "lstm"
+)  # fmt: skip
+_MODULES: dict[str, Callable[..., Any]] = {
+    "resnet": random_modules.resnet, "residual": random_modules.residual,
+    "lstm": random_modules.lstm,
+}  # fmt: skip
 SETS = ("digits", "circle", "cancer", "wine", "diabetes")
 BATCHES, LENGTH = 32, 16
 
@@ -46,7 +54,7 @@ class Made:
         batches: pairs of inputs and targets.
         criterion: of outputs and targets.
         rule: an optax rule, given the rate.
-        rate: the learning rate.
+        rate: the learning rate, or a schedule.
     """
 
     facts: dict[str, Any]
@@ -55,7 +63,7 @@ class Made:
     batches: list[tuple[np.ndarray, np.ndarray]]
     criterion: Callable[[Any, Any], Any]
     rule: Callable[[Any], Any]
-    rate: float
+    rate: Any
     activation: Callable[[Any], Any]
     before: tuple[Any, ...] = ()
     after: tuple[Any, ...] = ()
@@ -213,7 +221,7 @@ def _transformer_params(
 
 
 def _regression(z: Any, y: Any) -> Any:
-    return jnp.mean(jnp.square(z[:, 0] - y))
+    return jnp.mean(jnp.square(z.reshape(y.shape) - y))
 
 
 def _classification(z: Any, y: Any) -> Any:
@@ -232,7 +240,9 @@ def draw(seed: int, depth_at_least: int = 1) -> Made:
         "clip": bool(rng.random() < 0.3), "warmup": bool(rng.random() < 0.3),
         "factor": float(2 ** rng.uniform(-1, 1)),
     }  # fmt: skip
-    if family != "mlp":
+    if family == "autoencoder":
+        facts |= {"data": str(rng.choice(["images", "cancer"])), "depth": min(facts["depth"], 4)}
+    elif family not in ("mlp", "residual"):
         facts |= {"depth": max(min(facts["depth"], 4), 2), "width": min(facts["width"], 64)}
         facts |= {"data": "text" if family == "transformer" else "images"}
     if family == "transformer" and facts["rule"] in ("sgd", "momentum"):
@@ -240,13 +250,16 @@ def draw(seed: int, depth_at_least: int = 1) -> Made:
     act, gain = ACTIVATIONS[facts["activation"]]
     rule, rate = RULES[facts["rule"]]
     x, y = {"text": _text, "images": _images}.get(facts["data"], lambda: _table(facts["data"]))()
+    if family == "autoencoder":
+        x = x.reshape(len(x), -1)
+        y = x
     forward, params = _model(rng, facts, gain, (x, y))
-    regression = facts["data"] == "diabetes"
+    regression = y.dtype == np.float32
     return Made(
         facts, jax.tree.map(jnp.asarray, params), forward, _cut(rng, x, y, facts["size"]),
         _regression if regression else _classification, rule, rate * facts["factor"], act,
         before=(optax.clip_by_global_norm(5.0),) if facts["clip"] else (),
-        last=len(params.get("layers", [0])) - 1,
+        last=0 if family in ("gru", "lstm") else facts["depth"] - 1,
     )  # fmt: skip
 
 
@@ -255,7 +268,9 @@ def _model(
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     x, y = data
     family, width, depth = facts["family"], facts["width"], facts["depth"]
-    classes = 1 if y.dtype == np.float32 else int(y.max()) + 1
+    classes = int(np.prod(y.shape[1:])) if y.dtype == np.float32 else int(y.max()) + 1
+    if family in _MODULES:
+        return _MODULES[family](facts, gain, x.shape[1:], classes)
     if family == "transformer":
         width = max(width, 32)
         return _transformer, _transformer_params(rng, width, depth, gain, classes)

@@ -34,9 +34,11 @@ def test_a_warm_up_that_never_gets_anywhere_is_too_low_a_rate(steps: int, expect
     assert primary(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), tx) == expected
 
 
+@pytest.mark.parametrize("clips", [(), (optax.clip_by_global_norm(5.0),)])
 @pytest.mark.parametrize(("eps", "expected"), [(5.0, "lr.too_low"), (1e-8, None)])
-def test_an_epsilon_far_above_the_gradients_is_found(eps: float, expected: Any) -> None:
-    report = examined(cross_entropy, dense((WIDTH, 64, CLASSES)), data(), optax.adam(3e-3, eps=eps))
+def test_an_epsilon_far_above_the_gradients_is_found(eps: float, expected: Any, clips: Any) -> None:
+    tx = optax.chain(*clips, optax.adam(3e-3, eps=eps))
+    report = examined(cross_entropy, dense((WIDTH, 64, CLASSES)), data(), tx)
     assert (report.primary and report.primary.code) == expected
     if report.primary is not None:
         assert "epsilon" in report.primary.cause

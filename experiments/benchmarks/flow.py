@@ -1,7 +1,8 @@
 """What does watching the gradient cost? `value_and_grad_flow` over `jax.value_and_grad`.
 
-A 12-block Pre-LN transformer in flax linen (width 256, 8 heads, 128 characters, 4 sequences),
-unrolled, `nn.scan` and `nn.scan` with `nn.remat`; every scope is tapped. Beside it what else gives
+A 12-block Pre-LN transformer in flax linen, small (width 256, 8 heads, 128 characters) and of
+GPT-2's width (768, 12 heads, 256 characters), 4 sequences, unrolled, `nn.scan` and `nn.scan` with
+`nn.remat`; every scope is tapped. Beside the small one what else gives
 the same rows: flax's own `perturb` and `capture_intermediates` on every module, and PyTorch with
 forward hooks and full backward hooks on every module, over its own plain step.
 Run: `./scripts/bench flow`; PyTorch's cases need `JAXGRAD_EXTRAS=test,peers`.
@@ -9,6 +10,7 @@ Run: `./scripts/bench flow`; PyTorch's cases need `JAXGRAD_EXTRAS=test,peers`.
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -27,53 +29,72 @@ TITLES = {
     "scan + remat": "12 blocks, nn.scan of nn.remat",
 }
 
+
+@dataclass(frozen=True)
+class Size:
+    """Width of the blocks, number of heads, and number of characters of a sequence."""
+
+    width: int = WIDTH
+    heads: int = HEADS
+    length: int = LENGTH
+
+
+SMALL, WIDE = Size(), Size(768, 12, 256)
+
 # ------------------------------------------------------------------------------------ flax linen
 
 
 class _Attention(nn.Module):
+    size: Size
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        split = (*x.shape[:-1], HEADS, WIDTH // HEADS)
-        q, k, v = (nn.Dense(WIDTH, name=name)(x).reshape(split) for name in "qkv")
-        scores = jnp.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(WIDTH // HEADS)
+        width, heads = self.size.width, self.size.heads
+        split = (*x.shape[:-1], heads, width // heads)
+        q, k, v = (nn.Dense(width, name=name)(x).reshape(split) for name in "qkv")
+        scores = jnp.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(width // heads)
         causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
         shares = jax.nn.softmax(jnp.where(causal, scores, -1e9))
         mixed = jnp.einsum("bhij,bjhd->bihd", shares, v).reshape(x.shape)
-        return nn.Dense(WIDTH, name="out")(mixed)
+        return nn.Dense(width, name="out")(mixed)
 
 
 class _Block(nn.Module):
+    size: Size
+
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        x = x + _Attention(name="attention")(nn.LayerNorm(name="norm1")(x))
-        h = nn.Dense(4 * WIDTH, name="up")(nn.LayerNorm(name="norm2")(x))
-        return x + nn.Dense(WIDTH, name="down")(nn.gelu(h)), None
+        x = x + _Attention(self.size, name="attention")(nn.LayerNorm(name="norm1")(x))
+        h = nn.Dense(4 * self.size.width, name="up")(nn.LayerNorm(name="norm2")(x))
+        return x + nn.Dense(self.size.width, name="down")(nn.gelu(h)), None
 
 
 class _Transformer(nn.Module):
     kind: str
+    size: Size = SMALL
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = nn.Embed(VOCABULARY, WIDTH, name="characters")(tokens)
-        x = x + self.param("positions", nn.initializers.normal(0.02), (LENGTH, WIDTH))
+        width = self.size.width
+        x = nn.Embed(VOCABULARY, width, name="characters")(tokens)
+        x = x + self.param("positions", nn.initializers.normal(0.02), (self.size.length, width))
         if self.kind == "unrolled":
             for k in range(BLOCKS):
-                x, _ = _Block(name=f"block{k}")(x)
+                x, _ = _Block(self.size, name=f"block{k}")(x)
         else:
             block = nn.remat(_Block, prevent_cse=False) if "remat" in self.kind else _Block
             stack = nn.scan(
                 block, variable_axes={"params": 0}, split_rngs={"params": True}, length=BLOCKS
             )
-            x, _ = stack(name="blocks")(x, None)
+            x, _ = stack(self.size, name="blocks")(x, None)
         return nn.Dense(VOCABULARY, name="logits")(nn.LayerNorm(name="norm")(x))
 
 
-def problem(kind: str) -> tuple[Callable[..., Any], Any, Any]:
+def problem(kind: str, size: Size = SMALL) -> tuple[Callable[..., Any], Any, Any]:
     """The loss of one kind of stack, its parameters, and a batch."""
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, LENGTH + 1))
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, size.length + 1))
     batch = jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
-    model = _Transformer(kind)
+    model = _Transformer(kind, size)
     params = jax.jit(model.init)(jax.random.key(0), batch[0])
 
     def loss(params: Any, batch: Any) -> jax.Array:
@@ -247,13 +268,13 @@ def _torch_step(torch: Any, hooks: bool) -> Callable[[], Any]:
 # ---------------------------------------------------------------------------------------- running
 
 
-def compare(kind: str, options: harness.Options) -> dict[str, harness.Result]:
-    loss, params, batch = problem(kind)
+def compare(kind: str, options: harness.Options, size: Size) -> dict[str, harness.Result]:
+    loss, params, batch = problem(kind, size)
     cases = [
         harness.Case("value_and_grad", jax.value_and_grad(loss), (params, batch)),
         harness.Case("value_and_grad_flow", jg.value_and_grad_flow(loss), (params, batch)),
     ]
-    if kind == "unrolled":
+    if kind == "unrolled" and size == SMALL:
         cases.append(harness.Case("flax perturb + capture", flax_own, (params, batch)))
     return harness.compare(cases, baseline="value_and_grad", options=options)
 
@@ -271,7 +292,11 @@ def compare_torch(options: harness.Options) -> dict[str, harness.Result] | None:
 
 def main() -> int:
     options = harness.options(__doc__)
-    tables = {TITLES[kind]: compare(kind, options) for kind in TITLES}
+    tables = {
+        f"{title}, width {size.width}": compare(kind, options, size)
+        for size in (SMALL, WIDE)
+        for kind, title in TITLES.items()
+    }
     claims = []
     for title, results in tables.items():
         flow = results["value_and_grad_flow"]

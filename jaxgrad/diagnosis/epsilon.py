@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxgrad.diagnosis.evidence import LEARNS, Evidence
 from jaxgrad.diagnosis.finding import Finding
+from jaxgrad.diagnosis.training import Trainer
+from jaxgrad.optim.reading import chain_parts, flattened, read_steps
 
 _LOUDER = 2.0**20  # a factor of gradients that leaves any epsilon behind
 
@@ -15,12 +18,15 @@ def epsilon(evidence: Evidence) -> list[Finding]:
     Gradients a million times larger, and again a thousand times, tell both; that a clip does the
     same is no fault.
     """
-    run, problem, tx = evidence.main, evidence.problem, evidence.trainer.tx
+    run, problem = evidence.main, evidence.problem
     own = evidence.progress(run)
     unclear = run.stopped is not None or evidence.is_trained or not any(run.update_norms)
-    if own > 0.1 or unclear or evidence.every > 1 or evidence.clip not in (None, "none"):
+    if own > 0.1 or unclear or evidence.every > 1:
         return []
-    tree = problem.tree(problem.values)
+    trainer = evidence.trainer if evidence.clip in (None, "none") else _unclipped(evidence)
+    if trainer is None:
+        return []
+    tx, tree = trainer.tx, problem.tree(problem.values)
     state = tx.init(tree)
 
     @jax.jit
@@ -35,7 +41,8 @@ def epsilon(evidence: Evidence) -> list[Finding]:
         return []
     if not large > 30 * given or not larger < 1.2 * large:
         return []
-    cured = evidence.run(gain=_LOUDER)
+    evidence.tell(f"training {evidence.steps} steps with louder gradients")
+    cured = trainer.run(gain=_LOUDER)
     gained = evidence.progress(cured)
     if not gained > max(LEARNS, 5 * own):
         return []
@@ -53,3 +60,12 @@ def epsilon(evidence: Evidence) -> list[Finding]:
             may_be_wrong="the learning rate is raised later",
         )
     ]  # fmt: skip
+
+
+def _unclipped(evidence: Evidence) -> Trainer | None:
+    """The training without the clips of its chain, which answer to the scale of gradients, too."""
+    parts = [(part, flattened(read_steps(part))) for part in chain_parts(evidence.plain_optimizer)]
+    rest = [part for part, steps in parts if not steps or any(s.kind != "clip" for s in steps)]
+    if not rest or len(rest) == len(parts):
+        return None
+    return Trainer(evidence.problem, optax.chain(*rest), evidence.steps)

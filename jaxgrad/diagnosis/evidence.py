@@ -204,7 +204,7 @@ class Evidence:
     def patient(self) -> Trainer:
         """The training three times as long: a slow start is no fault."""
         self.tell(f"training {3 * self.steps} steps")
-        return Trainer(self.problem, self.optimizer, 3 * self.steps)
+        return self.trainer.lasting(3 * self.steps)
 
     @functools.cached_property
     def longer(self) -> Run:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.diagnosis.endurance import comes_apart
 from jaxgrad.diagnosis.epsilon import epsilon
 from jaxgrad.diagnosis.evidence import LEARNS, WELL, Evidence
 from jaxgrad.diagnosis.finding import Finding
@@ -39,7 +40,7 @@ def learning_rate(evidence: Evidence) -> list[Finding]:
     rough = _shaken(evidence) or _overshot(evidence)
     well = evidence.progress(evidence.main) >= WELL and not rough
     if well and not collapsed:
-        return []
+        return comes_apart(evidence)
     return _too_high(evidence, collapsed)
 
 

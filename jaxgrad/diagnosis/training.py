@@ -4,6 +4,7 @@ The scale of the updates, a warm-up, other parameters, another optimizer and oth
 arguments of the program, so that a counterfactual costs its steps and no compilation.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -197,6 +198,12 @@ class Trainer:
         controls = dict.fromkeys(("scale", "warmup", "reference", "gain"), jnp.float32(1))
         carry = jax.eval_shape(self._begin, list(self.problem.values))
         _ = jax.eval_shape(self._step, carry, jnp.int32(0), self.stack, controls)
+
+    def lasting(self, steps: int) -> "Trainer":
+        """The same compiled training, of another number of steps."""
+        other = copy.copy(self)
+        other.steps = steps
+        return other
 
     def run(
         self,
