@@ -158,7 +158,10 @@ def _misweighted(evidence: Evidence) -> list[Finding]:
     union = _vector(gradient(problem.values, whole))
     weights, *_ = np.linalg.lstsq(each.T, union, rcond=None)
     left = np.linalg.norm(each.T @ weights - union) / max(np.linalg.norm(union), 1e-30)
-    plain = np.linalg.norm(each.mean(0) - union) / max(np.linalg.norm(union), 1e-30)
+    # of a loss that is a sum the union is the sum of all parts: what counts is the direction
+    mean = each.mean(0)
+    plain = np.linalg.norm(mean * (union @ mean / max(mean @ mean, 1e-30)) - union)
+    plain /= max(np.linalg.norm(union), 1e-30)
     if left > 0.02 or plain < 0.05 or weights.min() < -0.02:
         return []
     return [
@@ -258,7 +261,11 @@ def _fresh_step(evidence: Evidence) -> Callable[[jax.Array], tuple[list[jax.Arra
 
 
 def _threshold(evidence: Evidence) -> float | None:
-    """Norm along the given gradient at which a fresh state stops to answer; None if it never."""
+    """Norm that the clip leaves of large gradients along the given one; None if there is no limit.
+
+    A clip by the weights' size, unit by unit, stops one leaf long before another; each counts by
+    its part of the gradient.
+    """
     if not evidence.initial.finite or evidence.initial.norm == 0:
         return None
     powers = np.arange(-32.0, 17.0)
@@ -278,7 +285,7 @@ def _threshold(evidence: Evidence) -> float | None:
         table = jax.device_get(answers(jnp.asarray(2.0**powers, jnp.float32)))
     except TypeError:
         return None
-    found = []
+    passed, whole = [], []
     for column in map(np.asarray, table):
         if not np.isfinite(column).all() or column[-1] == 0:
             continue
@@ -287,6 +294,8 @@ def _threshold(evidence: Evidence) -> float | None:
         rises = np.abs(slopes[:4].mean() - 1) < 0.05 or np.abs(slopes[:4].mean() - 2) < 0.1
         if rises and np.abs(slopes[-4:]).max() < 0.01:
             power = 1 if slopes[:4].mean() < 1.5 else 2
-            gain = np.log2(column[0]) / power - powers[0]
-            found.append(2.0 ** (np.log2(column[-1]) / power - gain))
-    return float(min(found)) * evidence.initial.norm if found else None
+            passed.append(np.float64(column[-1]) ** (1 / power))
+            whole.append(np.float64(column[0]) ** (1 / power) / 2.0 ** powers[0])
+    if not passed:
+        return None
+    return float(np.linalg.norm(passed) / np.linalg.norm(whole)) * evidence.initial.norm

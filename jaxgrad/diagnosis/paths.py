@@ -79,7 +79,7 @@ def _together(found: dict[Op, list[str]], leaves: list[Op]) -> dict[Op, list[str
 
 
 def _blocked(evidence: Evidence, op: Op, value: Value, names: list[str], severity: str) -> Finding:
-    where = evidence.wiring.layer(value) or names[0]  # a leaf that is stopped itself
+    where = _last_stopped(evidence, evidence.wiring.layer(value), names)
     line = source_line(op)
     what = f"{op.name}" + (f" ({line})" if line else "")
     return Finding(
@@ -89,6 +89,23 @@ def _blocked(evidence: Evidence, op: Op, value: Value, names: list[str], severit
         {"operation": op.name, "line": line, "layers": names}, fix("gradient.blocked"), 0.95,
         may_be_wrong="these parameters are frozen on purpose: say so with trainable=",
     )  # fmt: skip
+
+
+def _last_stopped(evidence: Evidence, layer: str, names: list[str]) -> str:
+    """The layer that is stopped, or the last one before it, if that one learns on other paths.
+
+    An argmin over distances to the rows of a table stands in the table's layer, which learns all
+    the same; what ends there is the gradient of whatever is compared with them.
+    """
+    wiring, uses = evidence.wiring, evidence.wiring.labels.uses
+    own = {n for op, given in uses.items() if wiring.layer(op.outputs[0]) == layer for n in given}
+    leaf = dict(zip(evidence.problem.names, wiring.parameters, strict=True))
+    learns = any(n in leaf and leaf[n] in wiring.live for n in own)
+    if layer and (own & set(names) or not learns):
+        return layer
+    stopped = [op for op, given in uses.items() if set(given) & set(names)]
+    behind = wiring.layer(stopped[-1].outputs[0]) if stopped and layer else ""
+    return behind or layer or names[0]  # a leaf that is stopped itself
 
 
 def _is_meant(evidence: Evidence, ends: list[tuple[Op, Value]]) -> bool:

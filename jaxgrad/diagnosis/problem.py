@@ -155,7 +155,10 @@ def _trainable(
     """
     if trainable is None:
         return (True,) * len(wanted)
-    if callable(trainable):
+    # a module of flags may be callable, too
+    listed = jax.tree.leaves(trainable)
+    flags_given = bool(listed) and all(isinstance(x, bool | np.bool_) for x in listed)
+    if callable(trainable) and not flags_given:
         return tuple(bool(trainable(names[i])) for i in wanted)
     try:
         flags = jax.tree.broadcast(trainable, params)

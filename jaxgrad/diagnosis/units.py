@@ -102,7 +102,7 @@ def dead(evidence: Evidence) -> list[Finding]:
         return []
     for activation in evidence.hidden():
         share, units = dead_share(evidence, activation, "initial")
-        if units < 3 or share < 0.9:
+        if share < 0.9 or (units < 3 and not _silent_for_good(evidence, activation)):
             continue
         severity = "warning" if share < 1 and evidence.improves else "error"
         return [
@@ -117,6 +117,12 @@ def dead(evidence: Evidence) -> list[Finding]:
             )
         ]  # fmt: skip
     return []
+
+
+def _silent_for_good(evidence: Evidence, activation: Activation) -> bool:
+    """Whether so narrow a layer, of which one unit may well rest, is all silent to the end."""
+    whole = all(dead_share(evidence, activation, when)[0] == 1 for when in ("initial", "final"))
+    return whole and not evidence.improves
 
 
 def _bias_of(evidence: Evidence, activation: Activation) -> float:
