@@ -1,13 +1,14 @@
 """Diagnosis of runs that get somewhere and come apart later, beside runs that are only rough."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from diagnosis_cases import cross_entropy, data, dense, examined, primary
+from diagnosis_cases import WIDTH, cross_entropy, data, dense, examined, net, primary
 
 from jaxgrad.diagnosis import endurance
 from jaxgrad.diagnosis.evidence import Evidence
@@ -73,3 +74,41 @@ def test_a_longer_training_is_the_same_program_and_the_same_first_steps() -> Non
     assert len(longer.losses) == 3 * len(short.losses)
     np.testing.assert_array_equal(longer.losses[: len(short.losses)], short.losses)
     assert evidence.patient._compiled_step is evidence.trainer._compiled_step
+
+
+def _sines(count: int = 16) -> list[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    w, v = rng.standard_normal((WIDTH, 16)), rng.standard_normal(16)
+    xs = [rng.standard_normal((32, WIDTH)).astype(np.float32) for _ in range(count)]
+    noise = [0.1 * rng.standard_normal(32) for _ in range(count)]
+    return [
+        (x, (np.sin(x @ w) @ v / 3 + e).astype(np.float32)) for x, e in zip(xs, noise, strict=True)
+    ]
+
+
+def _fit(layers: Any, batch: Any) -> jax.Array:
+    return jnp.square(net(layers, batch[0])[:, 0] - batch[1]).mean()
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(1.6e-2, "lr.too_high"), (1e-3, None)])
+def test_a_rate_at_which_the_loss_stands_above_that_of_a_slower_run_is_told(
+    rate: float, expected: str | None
+) -> None:
+    report = examined(_fit, dense((WIDTH, 64, 64, 1)), _sines(), optax.lion(rate))
+    assert (report.primary and report.primary.code) == expected
+    if report.primary is not None:
+        found = report.primary.evidence
+        assert found["loss_as_given"] < 0.7 * found["first_loss"]
+        assert found["loss_after_longer_at_a_tenth"] < 0.5 * found["loss_after_longer"]
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1e5, "loss.spike"), (1.0, None)])
+def test_one_batch_that_spoils_a_rule_for_good_is_named(
+    factor: float, expected: str | None
+) -> None:
+    batches = data(size=64, count=16)
+    batches[1] = (batches[1][0] * np.float32(factor), batches[1][1])
+    report = examined(cross_entropy, dense((WIDTH, 32, 4)), batches, optax.adagrad(0.02))
+    assert (report.primary and report.primary.code) == expected
+    if report.primary is not None:
+        assert report.primary.where == "step 1"

@@ -43,6 +43,8 @@ def rank(finding: Finding) -> int | float:
     broken = not math.isfinite(first) and math.isfinite(cured)
     if finding.code == "data.unnormalized" and broken:
         return 1.5
+    if finding.code == "regularization.dominates" and finding.evidence.get("breaks_the_run"):
+        return _PLACE["gradient.nonfinite"] - 0.5
     if finding.code == "init.too_large" and finding.stage == "counterfactual":
         return _PLACE["unit.saturated"] - 0.5  # the state is at its bounds because of it
     gentler = [

@@ -1,14 +1,19 @@
-"""Runs that get somewhere, and come apart later."""
+"""Runs that get somewhere, and come apart later, or never get as far as slower ones."""
 
 import numpy as np
 
-from jaxgrad.diagnosis.evidence import Evidence
+from jaxgrad.diagnosis.batches import batch_too_small, outlying_batch
+from jaxgrad.diagnosis.evidence import LEARNS, Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
+from jaxgrad.diagnosis.training import Run
 
 # A rise of the loss on the way, and what is lost again in the long run: shares of what was taken
 # off; what a slower run gets to at least.
 _RISE, _LOST, _HELD = 0.25, 0.5, 0.8
+# A run that takes this share off its loss gets far enough; what a slower one leaves, over what it
+# leaves itself, in the short run and in the long one.
+_ENOUGH, _SHORT, _LONG = 0.75, 0.7, 0.5
 
 
 def comes_apart(evidence: Evidence) -> list[Finding]:
@@ -39,6 +44,40 @@ def comes_apart(evidence: Evidence) -> list[Finding]:
             may_be_wrong="the learning rate is lowered by then",
         )
     ]  # fmt: skip
+
+
+def falls_behind(evidence: Evidence) -> list[Finding]:
+    """A run that learns, and in the end leaves twice as much as one of far smaller steps.
+
+    Smaller steps take longer: where they are ahead in the short run and in the long one, the rate
+    is what the loss stands at. A loss without a bottom at zero has no such shares.
+    """
+    run = evidence.main
+    own = evidence.progress(run)
+    if run.stopped is not None or not LEARNS <= own < _ENOUGH or evidence.is_trained:
+        return []
+    if not run.last > 0 or run.warms_up or not _ahead(evidence.run(scale=0.1), run, _SHORT):
+        return []
+    longer, slower = evidence.longer, evidence.patient.run(scale=0.1)
+    if evidence.progress(longer) >= _ENOUGH or not _ahead(slower, longer, _LONG):
+        return []
+    other = outlying_batch(evidence, own) or batch_too_small(evidence, own)
+    return other or [
+        Finding(
+            "lr.too_high", "warning", "counterfactual", "optimizer",
+            f"After {len(longer.losses)} steps the training is at a loss of {longer.last:.3g}; "
+            f"with updates 10 times smaller it is at {slower.last:.3g} then, and ahead all along.",
+            {"first_loss": run.first, "loss_as_given": run.last, "loss_after_longer": longer.last,
+             "loss_after_longer_at_a_tenth": slower.last, "steps": len(longer.losses),
+             "update_over_weight": run.update_ratio},
+            fix("lr.too_high", factor=0.1), 0.85,
+            may_be_wrong="the learning rate is lowered by then",
+        )
+    ]  # fmt: skip
+
+
+def _ahead(slower: Run, run: Run, share: float) -> bool:
+    return 0 <= slower.last < share * run.last
 
 
 def _is_rough(losses: np.ndarray) -> bool:

@@ -14,9 +14,10 @@ from jaxgrad.diagnosis.fixes import fix
 from jaxgrad.diagnosis.parts import Affine
 from jaxgrad.diagnosis.units import saturated
 from jaxgrad.diagnosis.weights import loud, rms
-from jaxgrad.graph.ir import Value
+from jaxgrad.graph.ir import Lit, Ref, Value
 
 _LOUD = 10.0  # input RMS that no standardized data reach
+_MEAN = 0.9  # a run that leaves more of the loss of the targets' mean knows nothing but the mean
 _FAR = 4.0  # a run three times as long that is this many times as far from the bottom is far behind
 
 
@@ -73,6 +74,17 @@ def _data_name(evidence: Evidence, base: object) -> str:
     return table.get(base, "the input")  # type: ignore[call-overload]
 
 
+def _data_behind(evidence: Evidence, ref: Ref) -> Ref:
+    """The value behind reshapes, casts, and sums and products with written numbers."""
+    base, op = evidence.wiring.origin(ref)
+    while op is not None and op.name in ("add", "sub", "mul", "div"):
+        values = [operand for operand in op.inputs if not isinstance(operand, Lit)]
+        if len(values) != 1:
+            break
+        base, op = evidence.wiring.origin(values[0])
+    return base
+
+
 def _leaf_at(evidence: Evidence, base: object) -> int | None:
     leaves = jax.tree.leaves(evidence.problem.batch)
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
@@ -119,7 +131,7 @@ def _unnormalized_targets(evidence: Evidence) -> list[Finding]:
         prediction = evidence.values.get(difference.prediction)
         if target is None or prediction is None or rms(target) < _LOUD:
             continue
-        base = evidence.wiring.origin(difference.target)[0]
+        base = _data_behind(evidence, difference.target)
         position = _leaf_at(evidence, base)
         stack = None if position is None else _standardized(evidence, position)
         if stack is None or rms(target) < 10 * rms(prediction) or evidence.improves:
@@ -148,7 +160,7 @@ def _unnormalized_together(evidence: Evidence) -> list[Finding]:
     Inputs may be loud as well, so that neither alone is to be mended: all of them are standardized.
     """
     for difference in evidence.structure.differences:
-        base = evidence.wiring.origin(difference.target)[0]
+        base = _data_behind(evidence, difference.target)
         known = isinstance(difference.target, int) and _leaf_at(evidence, base) is not None
         target = evidence.values.get(difference.target) if known else None  # type: ignore[arg-type]
         if target is None or rms(target) < _LOUD:
@@ -178,8 +190,8 @@ def _worse_than_the_mean(
     """The losses, where the run stays far behind itself on standardized data; else None."""
     problem, wiring, run = evidence.problem, evidence.wiring, evidence.main
     mean = float(np.mean(np.asarray(target, np.float64)))
-    constant = guess.value_of_zeros(problem, wiring, [prediction], mean)
-    if constant is None or constant <= 0 or run.last <= constant:
+    constant = evidence.constant or guess.value_of_zeros(problem, wiring, [prediction], mean)
+    if constant is None or constant <= 0 or run.last <= _MEAN * constant:
         return None
     stack = [_by_feature(x) for x in evidence.trainer.stack]
     leaves, treedef = jax.tree.flatten(problem.batch)

@@ -2,18 +2,16 @@
 
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.diagnosis.endurance import comes_apart
+from jaxgrad.diagnosis.batches import batch_too_small, outlier_on_the_way, outlying_batch
+from jaxgrad.diagnosis.endurance import comes_apart, falls_behind
 from jaxgrad.diagnosis.epsilon import epsilon
 from jaxgrad.diagnosis.evidence import LEARNS, WELL, Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
-from jaxgrad.diagnosis.problem import FEW, Problem, count_examples
 from jaxgrad.diagnosis.schedules import at_a_constant_rate, ends_early, out_of_rate, runs_out
-from jaxgrad.diagnosis.training import Run, Trainer
+from jaxgrad.diagnosis.training import Run
 
 # Share of its spread over the data that an output has left: of a collapsed one at most, of another
 # one at least.
@@ -40,8 +38,9 @@ def learning_rate(evidence: Evidence) -> list[Finding]:
     rough = _shaken(evidence) or _overshot(evidence)
     well = evidence.progress(evidence.main) >= WELL and not rough
     if well and not collapsed:
-        return comes_apart(evidence)
-    return _too_high(evidence, collapsed)
+        return comes_apart(evidence) or falls_behind(evidence)
+    found = _too_high(evidence, collapsed) or falls_behind(evidence)
+    return found or outlier_on_the_way(evidence)
 
 
 def _collapse(evidence: Evidence) -> dict[str, float]:
@@ -164,7 +163,7 @@ def _too_high(evidence: Evidence, collapsed: dict[str, float]) -> list[Finding]:
         factor = 0.1 if collapsed.get("spread_kept_at_a_tenth", 0.0) > _REMEMBERED else 0.01
     if better and not collapsed and _recovers(evidence, factor):
         return []
-    other = _outlying_batch(evidence, own) or _batch_too_small(evidence, own)
+    other = outlying_batch(evidence, own) or batch_too_small(evidence, own)
     if other:
         return other
     return [
@@ -267,62 +266,3 @@ def _stall(evidence: Evidence) -> dict[str, float]:
         "spread_kept": kept, "spread_kept_at_a_tenth": gentler, "loss_after_longer": given.last,
         "loss_after_longer_at_a_third": other.last,
     }  # fmt: skip
-
-
-def _outlying_batch(evidence: Evidence, own: float) -> list[Finding]:
-    """A few batches unlike all others; the same training without them learns."""
-    problem = evidence.problem
-    count = len(problem.batches)
-    if count < 4:
-        return []
-    evidence.tell("measuring the gradient of every batch")
-    passes = [evidence.instrument.measure(problem.values, batch) for batch in problem.batches]
-    both = np.abs([[m.value for m in passes], [m.norm for m in passes]])
-    sizes = (both / np.maximum(np.median(both, axis=1, keepdims=True), 1e-30)).max(0)
-    bad = np.flatnonzero(sizes > 10)
-    if not 0 < len(bad) <= count // 4:
-        return []
-    good = [k if k not in bad else int(np.argmin(sizes)) for k in range(count)]
-    rest = jax.tree.map(lambda x: x[np.array(good)], evidence.trainer.stack)
-    cured = evidence.run_from(stack=rest)
-    gained = evidence.progress(cured)
-    if not gained > max(LEARNS, 2 * own):
-        return []
-    return [
-        Finding(
-            "loss.spike", "error", "counterfactual", f"step {bad[0]}",
-            f"Batch {bad[0]} is unlike the others: at the given parameters its loss or gradient is "
-            f"{sizes[bad[0]]:.3g} times theirs. Without it the same training gets to "
-            f"{cured.last:.3g}, with it to {evidence.main.last:.3g}.",
-            {"batches": [int(k) for k in bad], "times_the_median": float(sizes[bad[0]]),
-             "threshold": 10.0, "loss_as_given": evidence.main.last, "loss_without": cured.last},
-            fix("loss.spike", step=int(bad[0])), 0.88,
-        )
-    ]  # fmt: skip
-
-
-def _batch_too_small(evidence: Evidence, own: float) -> list[Finding]:
-    """The same rate on the union of the batches."""
-    problem = evidence.problem
-    count = len(problem.batches)
-    size = count_examples(problem.batch)
-    if count < 4 or size is None or size > FEW:
-        return []
-    union = jax.tree.map(
-        lambda *xs: jnp.concatenate(xs) if getattr(xs[0], "ndim", 0) else xs[0], *problem.batches
-    )
-    evidence.tell("training on the union of the batches")
-    bigger = Problem(**{**vars(problem), "batch": union, "batches": (union,)})
-    run = Trainer(bigger, evidence.optimizer, evidence.steps).run()
-    gained = (run.first - run.last) / max(abs(run.first), 1e-12)
-    if not gained > max(LEARNS, 2 * own):
-        return []
-    return [
-        Finding(
-            "batch.too_small", "error", "counterfactual", "optimizer",
-            f"With batches of {size} the gradient is mostly noise at this learning rate; on "
-            f"batches of {size * count} the same rate learns.",
-            {"batch": size, "taken_off": own, "taken_off_by_larger_batch": gained},
-            fix("batch.too_small", every=count), 0.8,
-        )
-    ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,15 +75,9 @@ def _decay(evidence: Evidence) -> list[Finding]:
     """What the optimizer does to the parameters where the gradient is zero."""
     if evidence.optimizer is None:
         return []
-    problem, tx = evidence.problem, evidence.trainer.tx
-    tree, state = problem.tree(problem.values), None
-    zeros = problem.tree([jnp.zeros_like(v) for v in problem.values])
-    real = problem.tree([jnp.asarray(g) for g in evidence.initial.grads])
+    problem = evidence.problem
     try:
-        state = tx.init(tree)
-        update = jax.jit(lambda g: tx.update(g, state, tree)[0])
-        still = [np.asarray(u) for u in problem.flat(update(zeros))]
-        moved = [np.asarray(u) for u in problem.flat(update(real))]
+        still, moved = _steps_without_and_with_data(evidence)
     except TypeError:
         return []
     ratio = _norm(still) / max(_norm([a - b for a, b in zip(moved, still, strict=True)]), 1e-30)
@@ -93,7 +89,39 @@ def _decay(evidence: Evidence) -> list[Finding]:
     free = evidence.progress(evidence.run(reference=True))
     if ratio < 3 and (shrunk > 0.8 or evidence.progress(evidence.main) > 0.5 * free):
         return []
-    return [_dominates(evidence, ratio, "the weight decay of the optimizer")]
+    found = _dominates(evidence, ratio, "the weight decay of the optimizer")
+    share = _norm(still) / max(_norm([np.asarray(v) for v in problem.values]), 1e-30)
+    facts = {
+        "decay_over_parameters": share,
+        "breaks_the_run": share > 1 and evidence.main.stopped is not None,  # it overshoots zero
+    }
+    return [replace(found, evidence=found.evidence | facts)]
+
+
+def _steps_without_and_with_data(evidence: Evidence) -> tuple[list[Any], list[Any]]:
+    """The first step without a gradient and with it; a later one where a rate begins at zero.
+
+    After steps with the gradient a momentum goes on without it, so that the same state is asked
+    then for its step beside parameters of zero, where decay is none.
+    """
+    problem, tx = evidence.problem, evidence.trainer.tx
+    tree, zeros = (
+        problem.tree(v) for v in (problem.values, [jnp.zeros_like(v) for v in problem.values])
+    )
+    real = problem.tree([jnp.asarray(g) for g in evidence.initial.grads])
+    state = tx.init(tree)
+    update = jax.jit(tx.update)
+    still, moved = (
+        [np.asarray(u) for u in problem.flat(update(g, state, tree)[0])] for g in (zeros, real)
+    )
+    if _norm(moved) > 0 or not evidence.main.update_norms.any():
+        return still, moved
+    for _ in range(evidence.steps // 4):
+        state = update(real, state, tree)[1]
+    moved, data = (
+        [np.asarray(u) for u in problem.flat(update(real, state, at)[0])] for at in (tree, zeros)
+    )
+    return [a - b for a, b in zip(moved, data, strict=True)], moved
 
 
 def _outweighed(evidence: Evidence) -> list[Finding]:
