@@ -59,3 +59,25 @@ def test_raw_targets_of_which_only_the_means_are_learned_are_told(
     params = dense((WIDTH, 32, 32, 4), gain=1.0)
     report = examined(loss, params, _columns(scale), optax.sgd(0.02, momentum=0.9))
     assert (report.primary and report.primary.code) == expected
+
+
+def test_an_overflow_of_the_gradient_is_not_the_optimizers_doing() -> None:
+    params = dense((WIDTH, *[64] * 8, CLASSES), gain=35.0)
+    report = examined(cross_entropy, params, data(), optax.sgd(0.2))
+    assert report.primary is not None
+    assert report.primary.code == "init.too_large"
+    assert not [f for f in report.findings if f.code == "gradient.nonfinite"]
+
+
+@pytest.mark.parametrize(("axis", "expected"), [(0, "loss.output_mismatch"), (-1, None)])
+def test_a_softmax_of_sequences_over_their_batch_is_told(axis: int, expected: str | None) -> None:
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(0, 6, (16, 1)) + np.arange(13) for _ in range(8)]
+    batches = [(t[:, :-1] % 6, t[:, 1:] % 6) for t in tokens]
+
+    def loss(layers: Any, batch: Any) -> jax.Array:
+        logs = jax.nn.log_softmax(net(layers, jax.nn.one_hot(batch[0], WIDTH)), axis=axis)
+        return -jnp.take_along_axis(logs, batch[1][..., None], -1).mean()
+
+    report = examined(loss, dense((WIDTH, 32, 6)), batches, optax.adam(1e-2))
+    assert (report.primary and report.primary.code) == expected

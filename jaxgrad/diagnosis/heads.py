@@ -248,7 +248,7 @@ def _batch_softmax(evidence: Evidence) -> list[Finding]:
     sizes = {wiring.shape(v)[0] for v in wiring.data if wiring.shape(v)}
     for head in evidence.structure.softmaxes:
         shape = wiring.shape(head.source)
-        if head.head and len(shape) == 2 and head.axis == 0 and sizes == {shape[0]} != {shape[1]}:
+        if head.head and len(shape) > 1 and head.axis == 0 and sizes == {shape[0]} != {shape[-1]}:
             return [
                 _mismatch(
                     head.where, "The softmax runs over the batch, not over the classes.",

@@ -54,7 +54,8 @@ def lost(evidence: Evidence) -> list[Finding]:
         return []
     problem, run = evidence.problem, evidence.main
     if run.stopped and not np.isfinite(run.update_norms[run.stopped - 1]):
-        return _broken_update(evidence)
+        finite = np.isfinite(run.gradient_rms[run.stopped - 1]).all()
+        return _broken_update(evidence) if finite else []  # else the gradient broke, or overflowed
     if not any(v.dtype in (jnp.bfloat16, jnp.float16) for v in problem.values):
         return []
     dtypes = [str(v.dtype) for v in problem.values]
