@@ -109,3 +109,106 @@ def test_a_block_behind_a_table_that_learns_is_named_after_the_layer_before(
     else:
         assert report.primary is not None
         assert (report.primary.code, report.primary.where) == ("gradient.blocked", "encoder")
+
+
+# --------------------------------------------------------------------------- float16
+
+
+def hand_made_sigmoid(x: Any) -> Any:
+    """Right beyond the range of float16, too: exp(-x) is infinite, and the quotient zero."""
+    return 1 / (1 + jnp.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [("float16", "precision.overflow"), ("float32", None), ("sigmoid", None)],
+)
+def test_an_infinity_of_float16_that_becomes_a_zero_is_an_overflow_if_it_costs_the_run(
+    norm: str, expected: str | None
+) -> None:
+    def loss(layers: Any, batch: Any) -> Any:
+        x = batch[0].astype(jnp.float16)
+        wide = jnp.float32 if norm == "float32" else jnp.float16
+        if norm == "sigmoid":
+            x = hand_made_sigmoid(x / 50)
+        else:
+            squares = jnp.sum(jnp.square(x.astype(wide)), -1, keepdims=True)
+            x = x * jax.lax.rsqrt(squares / WIDTH).astype(jnp.float16)
+        half = jax.tree.map(lambda w: w.astype(jnp.float16), layers)
+        logits = net(half, x).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    report = examined(loss, dense((WIDTH, 32, CLASSES)), data(scale=600.0), optax.adam(1e-2))
+    assert (report.primary and report.primary.code) == expected
+    if report.primary is not None:
+        facts = report.primary.evidence
+        assert facts["loss_with_values_held"] < 0.5 * facts["loss_as_given"]
+
+
+# --------------------------------------------------------------------------- terms of a loss
+
+
+@pytest.mark.parametrize(
+    ("reduce", "expected"), [(jnp.sum, "regularization.dominates"), (jnp.mean, None)]
+)
+def test_a_divergence_that_takes_long_to_pay_off_empties_the_code(
+    reduce: Any, expected: str | None
+) -> None:
+    """Summed over the batch beside a mean of squares; a step of Adam is small beside it."""
+    rng = np.random.default_rng(0)
+    basis = rng.standard_normal((3, 24)) / np.sqrt(3)
+    made = [(rng.standard_normal((32, 3)) @ basis).astype(np.float32) for _ in range(6)]
+    keys = jax.random.split(jax.random.key(1), 3)
+    params = {
+        "mu": jax.random.normal(keys[0], (24, 8)) / np.sqrt(24),
+        "log_variance": 0.3 * jax.random.normal(keys[1], (24, 8)) / np.sqrt(24),
+        "decoder": dense((8, 64, 24), 0.5, seed=2),
+    }
+
+    def loss(p: Any, x: Any, key: Any) -> Any:
+        mu, log_variance = x @ p["mu"], x @ p["log_variance"]
+        z = mu + jnp.exp(log_variance / 2) * jax.random.normal(key, mu.shape)
+        divergence = 0.5 * (jnp.square(mu) + jnp.exp(log_variance) - 1 - log_variance).sum(-1)
+        scale = 1.0 if reduce is jnp.sum else 0.01
+        return jnp.mean(jnp.square(net(p["decoder"], z) - x)) + scale * reduce(divergence)
+
+    tx = optax.adam(1.5e-3)
+    assert primary(loss, params, made, tx, key=jax.random.key(2)) == expected
+
+
+def boundary_value_problem(weight: float, std: float | None) -> tuple[Any, Any, list[Any]]:
+    """u'' = f on an interval, u = 0 at both ends; weights of a given size, or 1 / fan_in."""
+    sizes = ((1, 32), *[(32, 32)] * 4, (32, 1))
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    params = [
+        ((std or s[0] ** -0.5) * jax.random.normal(k, s), jnp.zeros(s[1]))
+        for k, s in zip(keys, sizes, strict=True)
+    ]
+
+    def solution(params: Any, x: Any) -> Any:
+        h = x[None]
+        for w, b in params[:-1]:
+            h = jnp.tanh(h @ w + b)
+        return (h @ params[-1][0] + params[-1][1])[0]
+
+    def loss(params: Any, batch: Any) -> Any:
+        xs, f = batch
+        second = jax.vmap(jax.grad(jax.grad(solution, 1), 1), (None, 0))(params, xs)
+        ends = solution(params, jnp.float32(0)) ** 2 + solution(params, jnp.float32(1)) ** 2
+        return jnp.mean((second - f) ** 2) + weight * ends
+
+    rng = np.random.default_rng(0)
+    xs = [rng.random(64).astype(np.float32) for _ in range(8)]
+    return loss, params, [(x, (-(np.pi**2) * np.sin(np.pi * x)).astype(np.float32)) for x in xs]
+
+
+@pytest.mark.parametrize(
+    ("weight", "std", "rate", "dominates"), [(10.0, 0.02, 5e-4, False), (1e5, None, 2e-3, True)]
+)
+def test_a_boundary_condition_dominates_where_the_equation_is_given_up_for_it_alone(
+    weight: float, std: float | None, rate: float, dominates: bool
+) -> None:
+    """How hard it pulls at first says nothing: behind tiny weights it pulls far harder, too."""
+    report = examined(*boundary_value_problem(weight, std), optax.adam(rate))
+    found = [f for f in report.findings if f.code == "regularization.dominates"]
+    assert bool(found) == dominates

@@ -15,6 +15,7 @@ from jaxgrad.diagnosis import (
     labels,
     mixing,
     optimizers,
+    overflow,
     paths,
     rates,
     rounding,
@@ -36,8 +37,8 @@ STATIC = [
     heads.output_mismatch, labels.labels_out_of_range, paths.batch_of_one,
 ]  # fmt: skip
 INITIAL = [
-    gradients.nonfinite, gradients.underflow, units.symmetric, mixing.mixed_examples,
-    mixing.thrown_away, inputs.unnormalized, units.dead,
+    gradients.nonfinite, gradients.underflow, overflow.overflowed, units.symmetric,
+    mixing.mixed_examples, mixing.thrown_away, inputs.unnormalized, units.dead,
     units.saturated, weights.init_scale, gradients.gradient_scale,
 ]  # fmt: skip
 RUNNING = [

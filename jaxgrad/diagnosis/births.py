@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxgrad.diagnosis.passes import tappable
+from jaxgrad.diagnosis.passes import record, tappable
 from jaxgrad.diagnosis.problem import Problem, arrays_of
 from jaxgrad.diagnosis.wiring import Wiring, inputs_for
 from jaxgrad.graph import rewrite
@@ -83,6 +83,32 @@ def births(
     made |= _given(wiring, [*values, *arrays_of(batch)])
     first = None if np.isfinite(loss) else _first_forward(wiring, made)
     return first, _first_backward(wiring, {v: _total(m) for v, m in made.items()}, back)
+
+
+def overflows(problem: Problem, wiring: Wiring) -> tuple[Op | None, list[Value]]:
+    """Infinities of float16 in the forward pass, whatever becomes of them on the way to the loss.
+
+    Returns:
+        The first operation that made one of finite operands, and all values of float16 that hold
+        one.
+    """
+    watched = [
+        v
+        for op in wiring.ops()
+        for v in op.outputs
+        if v in wiring.reaching and is_real_dtype(getattr(wiring.table.avals[v], "dtype", None))
+    ]
+    counts = record(inputs_for(problem, problem.values, problem.batch), wiring, watched, _bad)
+    made = counts | _given(wiring, [*problem.values, *arrays_of(problem.batch)])
+    half = [v for v in watched if wiring.dtype(v) == "float16"]
+    infinite = dict.fromkeys(v for v in half if made[v][..., 1].any())
+    for op in wiring.ops():
+        if not any(v in infinite for v in op.outputs):
+            continue
+        operands = [made[v] for v in _seen(wiring, value_inputs(op)) if v in made]
+        if not any(m.any() for m in operands) and not _has_bad_literal(op, wiring):
+            return op, list(infinite)
+    return None, []
 
 
 def _given(wiring: Wiring, arrays: list[Array]) -> dict[Value, np.ndarray]:

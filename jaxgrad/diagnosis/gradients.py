@@ -17,7 +17,7 @@ from jaxgrad.diagnosis.weights import compounded, scales, too_large
 from jaxgrad.diagnosis.wiring import source_line
 
 # An overflow in one of these is a matter of size; in all others a NaN is a matter of domain.
-_GROWING = {
+GROWING = {
     *("exp", "mul", "dot_general", "conv_general_dilated", "add", "add_any", "integer_pow"),
     *("square", "reduce_sum", "expm1", "cosh", "sinh", "convert_element_type", "sub", "cumsum"),
 }
@@ -46,7 +46,7 @@ def nonfinite(evidence: Evidence) -> list[Finding]:
         "pass": "backward" if birth.backward else "forward", "iteration": list(birth.iteration),
     }  # fmt: skip
     half = "float16" in (wiring.dtype(output), wiring.dtype(inner))
-    grows = birth.op.name in _GROWING and not birth.written
+    grows = birth.op.name in GROWING and not birth.written
     if half and grows:
         return [
             Finding(

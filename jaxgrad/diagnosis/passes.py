@@ -194,16 +194,16 @@ def forward_values(
     known = dict(zip(wiring.block.inputs, args, strict=True)) | dict(wiring.table.constants)
     place = {v: tappable(v, wiring) for v in wanted}
     found = {}
-    taps: dict[Value, int] = {}
+    taps: dict[Value, None] = {}
     for value, at in place.items():
         outside = _outside(value, wiring, known)
         if outside is not None:
             found[value] = np.asarray(outside)
         elif at is not None:
-            _ = taps.setdefault(at, len(taps))
+            taps[at] = None
     if taps:
-        records = _record(args, wiring, taps, lambda x: x)
-        found |= {v: records[taps[at]] for v, at in place.items() if v not in found and at in taps}
+        records = record(args, wiring, list(taps), lambda x: x)
+        found |= {v: records[at] for v, at in place.items() if v not in found and at in taps}
     return found
 
 
@@ -218,15 +218,24 @@ def _outside(value: Value, wiring: Wiring, known: dict[Value, Any]) -> Any:
     return None
 
 
-def _record(
-    args: list[Any], wiring: Wiring, taps: dict[Value, int], of: Callable[[Any], Any]
-) -> dict[int, np.ndarray]:
+def record(
+    args: list[Any], wiring: Wiring, values: Sequence[Value], of: Callable[[Any], Any]
+) -> dict[Value, np.ndarray]:
+    """A function of some results of operations, from one forward pass; every iteration has its own.
+
+    Args:
+        args: the inputs of the dataflow.
+        wiring: the dataflow.
+        values: results of its operations.
+        of: what is kept of each.
+    """
     slots = {}
-    for value, i in taps.items():
+    for i, value in enumerate(values):
         aval = wiring.table.avals[value]
         like = jax.eval_shape(of, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
         lengths = wiring.lengths.get(wiring.producer[value], ())
         slots[i] = jnp.zeros((*lengths, *like.shape), like.dtype)
+    taps = {value: i for i, value in enumerate(values)}
     tapped = rewrite.Tapped(wiring.table, taps, lambda x, _: (x, of(x)), jnp.zeros_like)
     run = jax.jit(lambda args, slots: tapped.run(wiring.block, args, slots)[1])
-    return {i: np.asarray(x) for i, x in run(args, slots).items()}
+    return {values[i]: np.asarray(x) for i, x in run(args, slots).items()}

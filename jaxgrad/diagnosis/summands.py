@@ -58,6 +58,23 @@ def fits_data(term: Value, wiring: Wiring) -> bool:
     return False
 
 
+def asks_the_model(term: Value, wiring: Wiring) -> bool:
+    """Whether a term is a condition on the model's output, as at the boundary of an equation.
+
+    There one layer's weights meet what another one's made; a penalty takes every leaf on its own.
+    A condition is part of what is to be learned, however hard it pulls at first.
+    """
+    leaves = set(wiring.parameters)
+    for value in wiring.upstream([term]):
+        op = wiring.producer.get(value)
+        if op is None or op.name not in ("dot_general", "conv_general_dilated"):
+            continue
+        one, other = (wiring.upstream([ref]) & leaves for ref in op.inputs[:2])
+        if one and other and one != other:
+            return True
+    return False
+
+
 def without(evidence: Evidence, terms: Sequence[Value]) -> Problem | None:
     """The problem with some terms of its loss at zero."""
     return altered(evidence.problem, evidence.wiring, terms, lambda x, _: jnp.zeros_like(x))
@@ -105,6 +122,10 @@ def outweighs(evidence: Evidence, term: Value) -> dict[str, float] | None:
     start, end = of_rest(evidence.problem.values), of_rest(run.values)
     first, last = of_all(evidence.problem.values) - start, of_all(run.values) - end
     best = of_rest(free.values)
+    if _NOTHING * (start - best) <= last < _PAID * first:  # most of it is paid off, not yet all
+        values = evidence.longer.values
+        end = of_rest(values)
+        last = of_all(values) - end
     if not best < _LOWER * end or not start - best > _FURTHER * (start - end):
         return None
     if not 0 <= last < min(_PAID * first, _NOTHING * (start - best)):

@@ -29,7 +29,8 @@ def regularization(evidence: Evidence) -> list[Finding]:
 
 
 def _penalty(evidence: Evidence) -> list[Finding]:
-    penalties = evidence.structure.penalties
+    given, wiring = evidence.structure.penalties, evidence.wiring
+    penalties = [term for term in given if not summands.asks_the_model(term, wiring)]
     if not penalties:
         return []
     grads = _gradient_of(evidence, penalties)
@@ -125,13 +126,17 @@ def _steps_without_and_with_data(evidence: Evidence) -> tuple[list[Any], list[An
 
 
 def _outweighed(evidence: Evidence) -> list[Finding]:
-    """A term made of parameters and data, but of no target, at whose cost the fit is given up."""
+    """A term of no target, at whose cost the fit is given up.
+
+    It is made of parameters and data, or of what the model says at places of its own.
+    """
     terms = summands.summands(evidence.wiring)
     penalties = [t for t in terms if not summands.fits_data(t, evidence.wiring)]
     if len(penalties) == len(terms) or evidence.is_trained:
         return []
     for term in penalties:
-        if term not in evidence.wiring.from_data:
+        known = term in evidence.wiring.from_data
+        if not known and not summands.asks_the_model(term, evidence.wiring):
             continue
         grads = _gradient_of(evidence, [term])
         data = [g - r for g, r in zip(evidence.initial.grads, grads, strict=True)]
