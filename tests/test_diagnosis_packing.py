@@ -64,6 +64,23 @@ def test_a_nonfinite_gradient_anywhere_is_seen(bad, where):
     assert jax.jit(step_figures)(grads, leaves, leaves)["finite"]
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
+def test_nan_among_larger_numbers_is_seen_in_any_place(share):
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        x = rng.standard_normal((64, 300)) * 1e3
+        x = np.where(rng.random(x.shape) < share, np.nan, x)
+        bad = [jnp.asarray(x, jnp.float32), jnp.ones(3)]
+        assert not jax.jit(step_figures)(bad, bad, bad)["finite"]
+
+
+def test_gradients_just_below_the_largest_number_are_measured():
+    leaves = [jnp.full((7, 30), 1.5e38), jnp.full(3, 3e38)]
+    found = jax.jit(step_figures)(leaves, leaves, leaves)
+    np.testing.assert_allclose(found["gradient_rms"], [1.5e38, 3e38], rtol=1e-5)
+    assert found["finite"]
+
+
 def test_without_gradient_or_update_nothing_is_aligned():
     leaves, nothing = [jnp.ones((7, 30)), jnp.ones(3)], [jnp.zeros((7, 30)), jnp.zeros(3)]
     for grads, updates in ((nothing, leaves), (leaves, nothing)):

@@ -13,6 +13,8 @@ from jaxtyping import Array
 
 from jaxgrad.monitor.summary import moved_and_lost
 
+# The reciprocal of a larger unit is subnormal, which XLA takes for zero on a CPU.
+_LARGEST = 2.0**125
 _WIDTH = 128
 
 
@@ -56,7 +58,8 @@ def step_figures(
         },
         "rounded_away": found["lost"] / jnp.maximum(found["moved"], 1),
         "gradient_norm": gradient, "update_norm": update, "alignment": -jnp.sum(dots),
-        "finite": jnp.all(jnp.isfinite(found["grad_unit"])),
+        # a compiled maximum may skip a NaN; a sum of squares of quotients does not, nor overflows
+        "finite": jnp.all(jnp.isfinite(found["grad_unit"]) & jnp.isfinite(found["grad_square"])),
     }  # fmt: skip
 
 
@@ -85,6 +88,7 @@ def _table(values: list[Array], grads: list[Array], updates: list[Array]) -> dic
         # a leaf without elements has no rows, and the maximum of none is -inf
         unit = jnp.maximum(by_leaf("max", jnp.max(jnp.abs(matrix), axis=1)), 0.0)
         safe = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1.0)
+        safe = jnp.minimum(safe, _LARGEST)
         scaled[key] = matrix / safe[leaf][:, None]
         found[f"{key}_unit"] = safe
         found[f"{key}_square"] = by_leaf("sum", jnp.sum(jnp.square(scaled[key]), axis=1))

@@ -54,8 +54,7 @@ def lost(evidence: Evidence) -> list[Finding]:
         return []
     problem, run = evidence.problem, evidence.main
     if run.stopped and not np.isfinite(run.update_norms[run.stopped - 1]):
-        finite = np.isfinite(run.gradient_rms[run.stopped - 1]).all()
-        return _broken_update(evidence) if finite else []  # else the gradient broke, or overflowed
+        return _broken_update(evidence)
     if not any(v.dtype in (jnp.bfloat16, jnp.float16) for v in problem.values):
         return []
     dtypes = [str(v.dtype) for v in problem.values]
