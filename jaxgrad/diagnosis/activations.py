@@ -7,6 +7,7 @@ from jaxgrad.graph.ir import Lit, Op, Ref, Value, value_inputs
 
 _EXPONENTIALS = ("exp", "expm1")
 _SCALINGS = ("mul", "div", "sub", "add")
+_SUMS = ("add", "add_any", "sub", "neg")
 _UNARY = ("neg", "integer_pow", "square")
 _BOUNDED = {"tanh": "tanh", "logistic": "sigmoid", "erf": "erf", "erfc": "erf"}
 # What a bounded activation is called where its own argument multiplies it.
@@ -171,9 +172,42 @@ def _gates(output: Value, source: Value, wiring: Wiring) -> tuple[bool, Value | 
         bases = {wiring.origin(r)[0] for r in others}
         if behind in bases or source in bases:
             return False, op.outputs[0]
-        if len(others) == 2 and all(r in wiring.from_data for r in others):
+        two = len(others) == 2 and all(r in wiring.from_data for r in others)
+        if two and not _is_slope(op, output, wiring):
             return True, None
     return False, None
+
+
+def _is_slope(op: Op, output: Value, wiring: Wiring) -> bool:
+    """Whether a product is part of the derivative of the activation itself.
+
+    That of y = tanh(z) is (1 + y)(1 - y), that of a sigmoid y (1 - y): what y multiplies meets
+    1 - y before or after, with sums of other derivatives on the way. Losses that hold derivatives
+    of the model, as those of differential equations do, are full of them.
+    """
+    rests = {v for r in wiring.uses_of(output) if _is_rest(r, output, wiring) for v in r.outputs}
+    if not rests:
+        return False
+    after, before = [op.outputs[0]], list(op.inputs)
+    for _ in range(4):
+        readers = [r for v in after for r in wiring.uses_of(v)]
+        makers = [m for _, m in map(wiring.origin, before) if m is not None]
+        for other in (*readers, *makers):
+            if other.name == "mul" and any(wiring.origin(r)[0] in rests for r in other.inputs):
+                return True
+        after = [r.outputs[0] for r in readers if r.name in _SUMS]
+        before = [ref for m in makers if m.name in _SUMS for ref in m.inputs]
+    return False
+
+
+def _is_rest(op: Op, output: Value, wiring: Wiring) -> bool:
+    """Whether an operation is 1 - y."""
+    if op.name != "sub":
+        return False
+    one, y = (wiring.origin(ref)[0] for ref in op.inputs)
+    if not isinstance(one, Lit) or y != wiring.origin(output)[0]:
+        return False
+    return getattr(one.value, "size", 1) == 1 and float(one.value) == 1
 
 
 def affine_of(source: Value, wiring: Wiring, limit: int = 12) -> tuple[Affine, ...]:

@@ -23,6 +23,9 @@ _KEEPS = {
 }  # fmt: skip
 
 _NOTHING = 0.05  # a share of the loss that the noise of a batch could be
+# All layers together so far below the needed scale, a late start is no matter of taste; a training
+# from the needed scale leaves less than this share of what the given one leaves.
+_TINY, _LATE = 1e-3, 0.2
 _SMALL = 0.85  # between the weights of a linear layer, 0.71 of what a rectifier needs, and enough
 
 
@@ -106,7 +109,7 @@ def init_scale(evidence: Evidence) -> list[Finding]:
     ratios = np.array([s.ratio for s in found])
     if whole > 30 and ratios.max() > 2:
         return _maybe_too_large(evidence)
-    if whole < 1 / 30 and (not evidence.improves or _gives_the_mean(evidence)):
+    if whole < (_TINY if evidence.improves and not _gives_the_mean(evidence) else 1 / 30):
         return _maybe_too_small(evidence, found)
     return _loud_at_first(evidence, found + last)
 
@@ -234,7 +237,7 @@ def _maybe_too_small(evidence: Evidence, found: list[Scale]) -> list[Finding]:
     if worst > 0.25 and not evidence.stuck:
         return []
     cured = evidence.run_from(rescaled(evidence, found))
-    better = evidence.gains(cured, times=2.5)
+    better = evidence.gains(cured, times=2.5) or _starts_late(evidence, cured)
     if _gives_the_mean(evidence):
         better = _beyond_the_mean(evidence, cured) >= 2 * _NOTHING
     if not better:
@@ -256,6 +259,12 @@ def _maybe_too_small(evidence: Evidence, found: list[Scale]) -> list[Finding]:
             facts, fix("init.too_small", gain=scale.needed), 0.92,
         )
     ]  # fmt: skip
+
+
+def _starts_late(evidence: Evidence, cured: Run) -> bool:
+    """Whether a run that learns leaves far more of its loss than one from the needed scale."""
+    given, other = (1 - evidence.progress(run) for run in (evidence.main, cured))
+    return given > _NOTHING and other < _LATE * given
 
 
 def _beyond_the_mean(evidence: Evidence, run: Run) -> float:
