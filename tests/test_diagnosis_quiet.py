@@ -34,6 +34,14 @@ def test_a_warm_up_that_never_gets_anywhere_is_too_low_a_rate(steps: int, expect
     assert primary(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), tx) == expected
 
 
+@pytest.mark.parametrize(("peak", "expected"), [(1e-5, "lr.too_low"), (3e-3, None)])
+def test_a_warm_up_that_is_over_does_not_excuse_the_rate_it_came_to(
+    peak: float, expected: Any
+) -> None:
+    tx = optax.adam(optax.linear_schedule(0.0, peak, 40))
+    assert primary(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), tx) == expected
+
+
 @pytest.mark.parametrize("clips", [(), (optax.clip_by_global_norm(5.0),)])
 @pytest.mark.parametrize(("eps", "expected"), [(5.0, "lr.too_low"), (1e-8, None)])
 def test_an_epsilon_far_above_the_gradients_is_found(eps: float, expected: Any, clips: Any) -> None:

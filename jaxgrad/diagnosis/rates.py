@@ -20,6 +20,8 @@ _FORGOTTEN, _REMEMBERED = 1e-3, 0.03
 _LOST, _STANDS = 0.05, 0.02
 # a warm-up that at this many times the run's length has not come to this ratio is too long
 _PATIENCE, _EFFECTIVE = 10.0, 1e-4
+# the last quarter's updates over those before, where the rate still grows; 1.4 if it does linearly
+_RISES = 1.15
 # a run shot far above its start; a slower one leaves less than this share of what it leaves
 _FAR, _SHARE = 10.0, 0.5
 SLOW = 10.0**-4.5  # update RMS over weight RMS; healthy runs stand between 1e-2 and 1e-4
@@ -115,10 +117,14 @@ def _too_low(evidence: Evidence) -> list[Finding]:
 
 
 def _gets_there(evidence: Evidence) -> bool:
-    """Whether a warm-up reaches an effective rate before long, at the pace of this run."""
+    """Whether a warm-up that goes on reaches an effective rate before long, at this run's pace."""
     run = evidence.main
     tail = run.typical_ratio(len(run.losses) - max(len(run.losses) // 10, 1))
-    return evidence.main.warms_up and tail * _PATIENCE > _EFFECTIVE
+    norms = run.update_norms[run.update_norms > 0]
+    quarter = max(len(norms) // 4, 1)
+    before, last = np.median(norms[-2 * quarter : -quarter]), np.median(norms[-quarter:])
+    goes_on = run.warms_up and last > _RISES * before
+    return bool(goes_on) and tail * _PATIENCE > _EFFECTIVE
 
 
 def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
