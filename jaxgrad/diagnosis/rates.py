@@ -120,11 +120,15 @@ def _gets_there(evidence: Evidence) -> bool:
     """Whether a warm-up that goes on reaches an effective rate before long, at this run's pace."""
     run = evidence.main
     tail = run.typical_ratio(len(run.losses) - max(len(run.losses) // 10, 1))
+    return _still_warms_up(run) and tail * _PATIENCE > _EFFECTIVE
+
+
+def _still_warms_up(run: Run) -> bool:
+    """Whether the updates grow from next to nothing, and go on to grow at the end."""
     norms = run.update_norms[run.update_norms > 0]
     quarter = max(len(norms) // 4, 1)
     before, last = np.median(norms[-2 * quarter : -quarter]), np.median(norms[-quarter:])
-    goes_on = run.warms_up and last > _RISES * before
-    return bool(goes_on) and tail * _PATIENCE > _EFFECTIVE
+    return run.warms_up and bool(last > _RISES * before)
 
 
 def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
@@ -132,7 +136,7 @@ def _low(evidence: Evidence, scale: float, gained: float) -> Finding:
     own = max(evidence.progress(run), 0.0)
     warm = (
         f" The rate still warms up, and after {_PATIENCE:g} times as many steps it would be too "
-        "low, too." if evidence.main.warms_up else ""
+        "low, too." if _still_warms_up(run) else ""
     )  # fmt: skip
     return Finding(
         "lr.too_low", "error", "counterfactual", "optimizer",
