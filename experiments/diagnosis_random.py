@@ -2,10 +2,10 @@
 
 A program is drawn at random (`random_programs`), and a fault for it (`random_faults`). Truth is
 what training says: both are trained, and the fault counts where it costs a tenth of the accuracy
-(or of the variance explained). The program as drawn is healthy if it learns. No rule was ever
-changed for a seed from 2,000 on.
+(or of the variance explained). The program as drawn is healthy if it learns. No rule was
+changed for a seed from 5,000 on before it was counted.
 Prediction: as of `diagnosis_benchmark`.
-Run: ``python -m experiments.diagnosis_random --first-seed 2000 --seeds 100 --rows rows.jsonl``,
+Run: ``python -m experiments.diagnosis_random --first-seed 5000 --seeds 99 --rows rows.jsonl``,
 again and again until it says "done", then with ``--summarize FILE``.
 """
 
