@@ -28,6 +28,13 @@ def test_a_decay_behind_a_rate_that_begins_at_zero_is_weighed(
         assert 0.2 * decay * rms < ratio < 5 * decay * rms
 
 
+@pytest.mark.parametrize("rule", [optax.lamb, optax.adafactor, optax.lars])
+def test_steps_that_go_by_the_size_of_the_parameters_are_no_decay(rule: Any) -> None:
+    rate = optax.warmup_cosine_decay_schedule(0.0, 0.3 if rule is optax.lars else 0.02, 20, 2_000)
+    report = examined(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), rule(rate))
+    assert "regularization.dominates" not in [f.code for f in report.findings]
+
+
 def test_a_decay_that_overshoots_zero_is_the_cause_of_what_breaks() -> None:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.03, weight_decay=100.0))
     report = examined(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), tx)

@@ -19,6 +19,7 @@ from jaxgrad.graph.ir import Value
 
 # A penalty whose first gradient is below this share of the data's does not keep them from learning.
 _NOTICED = 0.03
+_PARALLEL = 0.99  # cosine between a change of the parameters and themselves
 
 
 def regularization(evidence: Evidence) -> list[Finding]:
@@ -122,7 +123,18 @@ def _steps_without_and_with_data(evidence: Evidence) -> tuple[list[Any], list[An
     moved, data = (
         [np.asarray(u) for u in problem.flat(update(real, state, at)[0])] for at in (tree, zeros)
     )
-    return [a - b for a, b in zip(moved, data, strict=True)], moved
+    parts = zip(moved, data, problem.values, strict=True)
+    return [_along(a - b, np.asarray(at)) for a, b, at in parts], moved
+
+
+def _along(change: Any, at: Any) -> Any:
+    """A change that is a multiple of the parameters, as decay makes; none if it is another one.
+
+    Rules whose steps go by the size of the parameters (LAMB, LARS, Adafactor) differ beside zero
+    without any decay.
+    """
+    size = np.linalg.norm(change.ravel()) * np.linalg.norm(at.ravel())
+    return change if abs(np.vdot(change, at)) > _PARALLEL * size else np.zeros_like(change)
 
 
 def _outweighed(evidence: Evidence) -> list[Finding]:
