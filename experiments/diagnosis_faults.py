@@ -50,7 +50,7 @@ def rnn_sigmoid_he(seed: int) -> dict[str, Any]:
     )
 
 
-def _erasing(tx: Any, every: int) -> Any:
+def erasing(tx: Any, every: int) -> Any:
     """An accumulator that forgets: it zeroes the sum before it adds."""
 
     def init(params: Any) -> Any:
@@ -69,7 +69,7 @@ def _erasing(tx: Any, every: int) -> Any:
 
 @program("accumulation.ineffective")
 def accumulation_erased(seed: int) -> dict[str, Any]:
-    return digits_mlp(seed, _erasing(optax.sgd(0.2), 4))
+    return digits_mlp(seed, erasing(optax.sgd(0.2), 4))
 
 
 @program("accumulation.sums")

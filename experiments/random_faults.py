@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.diagnosis_faults import erasing
 from experiments.random_programs import Made, with_matrices
 
 
@@ -208,23 +209,6 @@ def _loud_attention(made: Made, severity: float) -> Made:
 
 def _erased(made: Made, severity: float) -> Made:
     return replace(made, around=lambda tx: erasing(tx, _pick(severity, 16, 8)))
-
-
-def erasing(tx: Any, every: int) -> Any:
-    """An accumulator that forgets: it zeroes its sum before it adds."""
-
-    def init(params: Any) -> Any:
-        return (jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tx.init(params))
-
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
-        count, kept, inner = state
-        kept = jax.tree.map(lambda a, g: 0 * a + g / every, kept, grads)
-        updates, new = tx.update(kept, inner, params)
-        emit = (count + 1) % every == 0
-        inner = jax.tree.map(lambda a, b: jnp.where(emit, a, b), new, inner)
-        return jax.tree.map(lambda u: emit * u, updates), (count + 1, kept, inner)
-
-    return optax.GradientTransformation(init, update)
 
 
 def _outlier(made: Made, severity: float) -> Made:

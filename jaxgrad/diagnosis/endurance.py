@@ -30,18 +30,15 @@ def comes_apart(evidence: Evidence) -> list[Finding]:
     slower = evidence.patient.run(scale=0.1)
     if evidence.progress(slower) < _HELD * own:
         return []
+    end = (
+        f"it breaks down at step {longer.stopped}" if longer.stopped is not None
+        else f"after {len(longer.losses)} steps it is at {longer.last:.3g}"
+    )  # fmt: skip
     return [
-        Finding(
-            "lr.too_high", "error", "counterfactual", "optimizer",
-            f"The training takes the loss to {run.last:.3g}, and comes apart later: "
-            + (f"it breaks down at step {longer.stopped}" if longer.stopped is not None
-               else f"after {len(longer.losses)} steps it is at {longer.last:.3g}")
-            + f"; with updates 10 times smaller it is at {slower.last:.3g} then.",
-            {"first_loss": run.first, "loss_as_given": run.last, "loss_after_longer": longer.last,
-             "loss_after_longer_at_a_tenth": slower.last, "steps": len(longer.losses),
-             "update_over_weight": run.update_ratio},
-            fix("lr.too_high", factor=0.1), 0.88,
-            may_be_wrong="the learning rate is lowered by then",
+        _too_high(
+            evidence, slower, "error", 0.88,
+            f"The training takes the loss to {run.last:.3g}, and comes apart later: {end}; with "
+            f"updates 10 times smaller it is at {slower.last:.3g} then.",
         )
     ]  # fmt: skip
 
@@ -63,17 +60,27 @@ def falls_behind(evidence: Evidence) -> list[Finding]:
         return []
     other = outlying_batch(evidence, own) or batch_too_small(evidence, own)
     return other or [
-        Finding(
-            "lr.too_high", "warning", "counterfactual", "optimizer",
+        _too_high(
+            evidence, slower, "warning", 0.85,
             f"After {len(longer.losses)} steps the training is at a loss of {longer.last:.3g}; "
             f"with updates 10 times smaller it is at {slower.last:.3g} then, and ahead all along.",
-            {"first_loss": run.first, "loss_as_given": run.last, "loss_after_longer": longer.last,
-             "loss_after_longer_at_a_tenth": slower.last, "steps": len(longer.losses),
-             "update_over_weight": run.update_ratio},
-            fix("lr.too_high", factor=0.1), 0.85,
-            may_be_wrong="the learning rate is lowered by then",
         )
     ]  # fmt: skip
+
+
+def _too_high(
+    evidence: Evidence, slower: Run, severity: str, confidence: float, cause: str
+) -> Finding:
+    """The finding, with what the run came to in the short and in the long, and a slower one."""
+    run, longer = evidence.main, evidence.longer
+    return Finding(
+        "lr.too_high", severity, "counterfactual", "optimizer", cause,
+        {"first_loss": run.first, "loss_as_given": run.last, "loss_after_longer": longer.last,
+         "loss_after_longer_at_a_tenth": slower.last, "steps": len(longer.losses),
+         "update_over_weight": run.update_ratio},
+        fix("lr.too_high", factor=0.1), confidence,
+        may_be_wrong="the learning rate is lowered by then",
+    )  # fmt: skip
 
 
 def _ahead(slower: Run, run: Run, share: float) -> bool:
