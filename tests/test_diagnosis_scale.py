@@ -183,3 +183,36 @@ def test_a_clip_explains_small_steps_only_of_a_rule_that_keeps_them_small(
     assert [f.evidence["steps_keep_their_size"] for f in clips] == [expected == "lr.too_low"]
     assert report.primary is not None
     assert report.primary.code == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "keeps"), [(optax.adam(1e-2), True), (optax.sgd(30.0), False)], ids=["adam", "sgd"]
+)
+def test_a_clip_at_every_step_of_a_training_that_learns_is_no_alarm(rule: Any, keeps: bool) -> None:
+    """Adam normalizes what the clip leaves, and the rate of the other is one for such steps."""
+    tx = optax.chain(optax.clip_by_global_norm(0.003), rule)
+    report = examined(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), tx)
+    (clip,) = (f for f in report.findings if f.code == "optimizer.clip_always")
+    assert report.primary is None
+    assert (clip.severity, clip.evidence["steps_keep_their_size"]) == ("info", keeps)
+    if keeps:
+        assert abs(clip.evidence["loss_as_given"] - clip.evidence["loss_without"]) < 0.1
+
+
+def test_a_clip_before_adam_that_makes_all_batches_count_alike_is_an_alarm() -> None:
+    """Every other batch weighs next to nothing, and points the other way."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(16, 32, WIDTH)).astype(np.float32)
+    w = rng.normal(size=WIDTH).astype(np.float32)
+    size = np.where(np.arange(16) % 2 == 0, 1.0, 1e-3).astype(np.float32)
+    y = np.where(size[:, None] == 1.0, x @ w, -(x @ w))
+    batches = [(x[k], y[k], size[k] * np.ones(32, np.float32)) for k in range(16)]
+
+    def loss(p: Any, batch: Any) -> Any:
+        return (batch[2] * (batch[0] @ p["w"] - batch[1]) ** 2).mean()
+
+    tx = optax.chain(optax.clip_by_global_norm(1e-4), optax.adam(3e-2))
+    report = examined(loss, {"w": jnp.zeros(WIDTH)}, batches, tx)
+    assert report.primary is not None
+    assert report.primary.code == "optimizer.clip_always"
+    assert report.primary.evidence["loss_without"] < report.primary.evidence["loss_as_given"]

@@ -202,12 +202,36 @@ def clip_always(evidence: Evidence) -> list[Finding]:
     if threshold is None or not norms.size:
         return []
     found = clip_always_finding(norms, np.full_like(norms, threshold))
-    return [
-        replace(
-            f, evidence=f.evidence | {"steps_keep_their_size": _keeps_size(evidence, threshold)}
-        )
-        for f in found
-    ]
+    if not found:
+        return []
+    judge = _before_a_normalizing_rule if _keeps_size(evidence, threshold) else _as_step_size
+    return [judge(evidence, found[0], threshold / float(norms.max()))]
+
+
+def _before_a_normalizing_rule(evidence: Evidence, clip: Finding, factor: float) -> Finding:
+    """An alarm only if the training without the clip gets a tenth further.
+
+    The rule takes a gradient at any scale, and at so small a one the clip lets all pass.
+    """
+    free = evidence.run(gain=0.5 * factor)
+    facts = {
+        "steps_keep_their_size": True, "loss_as_given": evidence.main.last,
+        "loss_without": free.last,
+    }  # fmt: skip
+    return replace(
+        clip, severity=clip.severity if evidence.gains(free, times=1.0) else "info",
+        evidence=clip.evidence | facts,
+        cause=f"The clip is active at {clip.evidence['share_clipped']:.0%} of the steps, and the "
+        "rule behind it makes steps of the same size of what is left: the training gets to "
+        f"{evidence.main.last:.3g} with the clip and to {free.last:.3g} without.",
+    )  # fmt: skip
+
+
+def _as_step_size(evidence: Evidence, clip: Finding, _: float) -> Finding:
+    """No alarm if the training learns, and larger steps get it no further."""
+    harmless = evidence.improves and not evidence.gains(evidence.run(scale=10.0), times=1.0)
+    facts = clip.evidence | {"steps_keep_their_size": False}
+    return replace(clip, severity="info" if harmless else clip.severity, evidence=facts)
 
 
 def _keeps_size(evidence: Evidence, threshold: float) -> bool:
