@@ -186,7 +186,13 @@ def test_a_clip_explains_small_steps_only_of_a_rule_that_keeps_them_small(
 
 
 @pytest.mark.parametrize(
-    ("rule", "keeps"), [(optax.adam(1e-2), True), (optax.sgd(30.0), False)], ids=["adam", "sgd"]
+    ("rule", "keeps"),
+    [
+        (optax.adam(1e-2), True),
+        (optax.adamw(optax.linear_schedule(0.0, 2e-2, 20)), True),
+        (optax.sgd(30.0), False),
+    ],
+    ids=["adam", "adamw from a rate of zero", "sgd"],
 )
 def test_a_clip_at_every_step_of_a_training_that_learns_is_no_alarm(rule: Any, keeps: bool) -> None:
     """Adam normalizes what the clip leaves, and the rate of the other is one for such steps."""
@@ -216,3 +222,13 @@ def test_a_clip_before_adam_that_makes_all_batches_count_alike_is_an_alarm() -> 
     assert report.primary is not None
     assert report.primary.code == "optimizer.clip_always"
     assert report.primary.evidence["loss_without"] < report.primary.evidence["loss_as_given"]
+
+
+def test_the_rounding_of_an_averaged_start_is_no_decay() -> None:
+    """Schedule-free's first step, at a rate of zero, is the rounding of an average, with any data.
+
+    Without the bar the decay pulled 1e23 times as hard as the data.
+    """
+    tx = optax.contrib.schedule_free_adamw(5e-3, warmup_steps=20)
+    report = examined(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), tx)
+    assert report.primary is None

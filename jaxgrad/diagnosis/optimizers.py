@@ -237,9 +237,10 @@ def _as_step_size(evidence: Evidence, clip: Finding, _: float) -> Finding:
 def _keeps_size(evidence: Evidence, threshold: float) -> bool:
     """Whether the rule behind the clip makes as large a step of a gradient ten times smaller.
 
-    Adam does, and a clip before it hardly changes how far a step goes.
+    Adam does, and a clip before it hardly changes how far a step goes. The second step tells: a
+    warm-up may begin at a rate of zero.
     """
-    step, factor = jax.jit(_fresh_step(evidence)), threshold / evidence.initial.norm
+    step, factor = jax.jit(_fresh_step(evidence, 2)), threshold / evidence.initial.norm
     try:
         at, below = (step(jnp.float32(factor * f))[0] for f in (1.0, 0.1))
     except TypeError:
@@ -269,15 +270,17 @@ def clip_always_finding(raw: np.ndarray, clipped: np.ndarray) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _fresh_step(evidence: Evidence) -> Callable[[jax.Array], tuple[list[jax.Array], Any]]:
-    """The first update, and the state after it, of the given gradient at so many times its size."""
+def _fresh_step(
+    evidence: Evidence, count: int = 1
+) -> Callable[[jax.Array], tuple[list[jax.Array], Any]]:
+    """An early update, and the state after it, of the given gradient at so many times its size."""
     problem, tx = evidence.problem, evidence.trainer.tx
     tree = problem.tree(problem.values)
 
     def step(factor: jax.Array) -> tuple[list[jax.Array], Any]:
         grads = problem.tree([jnp.asarray(g) * factor for g in evidence.initial.grads])
         state, updates = tx.init(tree), tree
-        for _ in range(min(evidence.every, 8)):
+        for _ in range(count * min(evidence.every, 8)):
             updates, state = tx.update(grads, state, tree)
         return problem.flat(updates), state
 

@@ -19,6 +19,7 @@ from jaxgrad.graph.ir import Value
 
 # A penalty whose first gradient is below this share of the data's does not keep them from learning.
 _NOTICED = 0.03
+_ROUNDING = 1e-6  # a step by less of the parameters is float32's rounding
 _PARALLEL = 0.99  # cosine between a change of the parameters and themselves
 
 
@@ -117,6 +118,9 @@ def _steps_without_and_with_data(evidence: Evidence) -> tuple[list[Any], list[An
         [np.asarray(u) for u in problem.flat(update(g, state, tree)[0])] for g in (zeros, real)
     )
     if _norm(moved) > 0 or not evidence.main.update_norms.any():
+        if _norm(still) < _ROUNDING * _norm([np.asarray(v) for v in problem.values]):
+            # averages that are kept of parameters (schedule-free) round them, and decay none
+            still = [np.zeros_like(u) for u in still]
         return still, moved
     for _ in range(evidence.steps // 4):
         state = update(real, state, tree)[1]
