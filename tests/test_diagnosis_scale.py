@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from diagnosis_cases import CLASSES, WIDTH, cross_entropy, data, dense, examined, primary
+from diagnosis_cases import CLASSES, WIDTH, cross_entropy, data, dense, examined, net, primary
 
 from jaxgrad.diagnosis import events, weights
 from jaxgrad.diagnosis.evidence import Evidence
@@ -232,3 +232,17 @@ def test_the_rounding_of_an_averaged_start_is_no_decay() -> None:
     tx = optax.contrib.schedule_free_adamw(5e-3, warmup_steps=20)
     report = examined(cross_entropy, dense((WIDTH, 32, CLASSES)), data(), tx)
     assert report.primary is None
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_ratio_of_a_probability_with_itself_has_no_gradient(fresh: bool) -> None:
+    """PPO's ratio is one at the first step of a round, and has a gradient all the same."""
+    layers = dense((WIDTH, 32, CLASSES))
+
+    def loss(p: Any, batch: Any) -> Any:
+        chosen = -optax.softmax_cross_entropy_with_integer_labels(net(p, batch[0]), batch[1])
+        old = jax.lax.stop_gradient(chosen) if fresh else chosen
+        return -jnp.exp(chosen - old).mean()
+
+    report = examined(loss, layers, data())
+    assert (report.primary and report.primary.code) == (None if fresh else "gradient.blocked")

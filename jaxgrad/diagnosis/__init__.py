@@ -42,7 +42,8 @@ INITIAL = [
     units.saturated, weights.init_scale, gradients.gradient_scale,
 ]  # fmt: skip
 RUNNING = [
-    optimizers.accumulation, events.ascent, events.falling_without_end, terms.dropout,
+    events.cancelled, optimizers.accumulation, events.ascent, events.falling_without_end,
+    terms.dropout,
     terms.regularization, terms.attention, rounding.lost, optimizers.clip_always,
     rates.learning_rate,
     events.spike, events.breakdown,

@@ -8,7 +8,8 @@ from jaxgrad.diagnosis import guess
 from jaxgrad.diagnosis.evidence import Evidence
 from jaxgrad.diagnosis.finding import Finding
 from jaxgrad.diagnosis.fixes import fix
-from jaxgrad.diagnosis.units import layer_of_leaf
+from jaxgrad.diagnosis.gradients import underflow
+from jaxgrad.diagnosis.units import dead, layer_of_leaf, saturated
 
 
 def ascent(evidence: Evidence) -> list[Finding]:
@@ -74,6 +75,33 @@ def _flipped_binary(evidence: Evidence) -> list[Finding]:
             " and the likelihood of the targets is minimized.",
             {"loss": evidence.initial.value, "loss_of_even_odds": even},
             "loss = -(y * jnp.log(p) + (1 - y) * jnp.log(1 - p)).mean()", 0.9,
+        )
+    ]  # fmt: skip
+
+
+def cancelled(evidence: Evidence) -> list[Finding]:
+    """Every gradient is exactly zero, at all steps, though the loss is made of the parameters.
+
+    As that of a ratio of a probability with itself, which is one whatever the parameters are. What
+    other rules explain (dead or saturated units, float16) is theirs.
+    """
+    start = evidence.initial
+    if not start.finite or start.norm != 0 or start.value == 0:
+        return []
+    run = evidence.main
+    if run.stopped is not None or (run.gradient_norms != 0).any():
+        return []
+    if any(rule(evidence) for rule in (dead, saturated, underflow)):
+        return []
+    return [
+        Finding(
+            "gradient.blocked", "error", "running", "loss",
+            "The loss is made of the parameters, and the gradient of every one is exactly zero at "
+            f"all of {len(run.losses)} steps: what depends on them cancels.",
+            {"loss": start.value, "gradient_norm": 0.0},
+            "old = jax.lax.stop_gradient(old)  # or compute it before the update, from other "
+            "parameters", 0.9,
+            may_be_wrong="the loss is at its minimum already",
         )
     ]  # fmt: skip
 
