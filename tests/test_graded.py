@@ -133,7 +133,7 @@ def test_repeated_layers_far_from_normal_are_vouched_for_only_as_far_as_they_are
         trusted = np.asarray(result.certificate.trusted)
         wrong = max(wrong, np.max(error, where=trusted, initial=0))
         vouched += np.sum(trusted)
-    assert worst < 3  # of a bound that is ten estimated standard deviations
+    assert worst < 1
     assert wrong < BARS["float32"]
     assert vouched >= {12: 3 * N, 24: N, 48: 3, DEPTH: 1}[depth]
 
@@ -218,7 +218,9 @@ def test_rows_of_very_different_sizes_stay_apart_over_many_layers(x64):
     assert np.all(exact.certificate.error < 1e-4)
     error = np.abs(np.asarray(found.log(), np.float64) - np.asarray(exact.log()))
     assert np.max(error) < 0.02  # over 960 nats
-    assert np.all(error < 3 * found.certificate.error + 1e-4)
+    # the logarithm itself, of some hundreds, is rounded to float32
+    rounded = np.finfo(np.float32).eps * np.abs(np.asarray(exact.log()))
+    assert np.all(error < found.certificate.error + rounded)
     assert np.all(error[np.asarray(found.certificate.trusted)] < BARS["float32"])
 
 
@@ -389,10 +391,13 @@ def test_a_batch_vmap_and_one_at_a_time_agree():
 
 
 def test_a_run_that_went_too_far_is_taken_back(x64):
-    """Forty harmless layers make the runs long; then every layer costs all there is."""
+    """Forty harmless layers make the runs long; then two layers in a run are too many.
+
+    One layer's rounding errors alone are exp(8) eps: a tenth of what is vouched for, after eight.
+    """
     rng = np.random.default_rng(12)
     harsh = [
-        orthogonal(rng) @ np.diag(np.exp(-2.0 * np.arange(N))) @ orthogonal(rng) for _ in range(8)
+        orthogonal(rng) @ np.diag(np.exp(-1.6 * np.arange(N))) @ orthogonal(rng) for _ in range(8)
     ]
     matrices = [orthogonal(rng) for _ in range(40)] + harsh
     values, certificate = measured(matrices, "float64")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgrad.graded import scale
 from jaxgrad.graded.drift import inherited, no_drift
-from jaxgrad.graded.pivoting import Columns, graded_qr, row_scales
+from jaxgrad.graded.pivoting import Columns, graded_qr, rounding_of_sums, row_scales
 from jaxgrad.graded.spectrum import (
     TOLERANCE,
     Certificate,
@@ -260,6 +260,7 @@ class Pending:
         if first:
             sizes = jnp.where(rows == 0, 1, rows)[..., None]
             spread = sizes * jnp.sqrt(jnp.matmul((matrix / sizes) ** 2, old.values**2))
+            spread = rounding_of_sums(height) * spread
         exponent = old.exponent + shift[..., None]
         columns = Columns(values, mantissa, exponent, rows, noise, spread)
         return replace(self, columns=columns, most=most)
@@ -281,6 +282,7 @@ class Pending:
         nan = jnp.isnan(self.columns.mantissa)
         columns = self.columns._replace(mantissa=jnp.where(nan, 0.5, self.columns.mantissa))
         outer = columns.rows[..., None] * columns.noise[..., None, :]
+        outer = rounding_of_sums(columns.values.shape[-2]) * outer
         columns = columns._replace(spread=jnp.where(repair, columns.spread, outer))
         qr = graded_qr(columns, repair)
         mantissa, exponent, evidence = after(qr, nan, self.evidence, self.most)

@@ -16,8 +16,11 @@ from jaxgrad.graded.pivoting import Columns, GradedQR, graded_qr, row_scales
 TOLERANCE = {"float32": 1e-3, "float64": 1e-10}
 # Alternating QR steps before Jacobi; each one moves the factor closer to the diagonal.
 _QR_PASSES = 4
-# Errors in units of the estimated standard deviation, which two samples know to a factor of a few.
+# Errors in units of the estimated standard deviation, which a few samples know to a factor.
 _ERRORS_AT_MOST = 10.0
+# Errors of an SVD, over eps: relative ones grow with the size (0.25 of it where most, measured with
+# LAPACK for sizes from 48 to 256); other ones, by the theory, go with the largest singular value.
+_SVD_TO_SIZE, _SVD_TO_NORM = 0.1, 0.25
 _LN2 = 0.6931471805599453
 
 
@@ -29,7 +32,7 @@ class Evidence:
     peak: Float[Array, "*batch r r"]  # how far mode i has ever led mode j
     overtaken: Float[Array, "*batch r"]  # the largest lead lost again, over all partners of a mode
     variance: Float[Array, "*batch r"]  # squared relative rounding errors, summed over the layers
-    drift: Float[Array, "*batch samples r r"]  # two sampled errors, carried through all layers
+    drift: Float[Array, "*batch samples r r"]  # sampled errors, carried through all layers
     layers: Int[Array, "*batch"]  # how many orthogonalizations there were
 
 
@@ -39,9 +42,9 @@ class Certificate:
     """How far the singular values of a product can be trusted.
 
     An estimate, of ten standard deviations: of the rounding errors of every layer, and of what
-    later layers make of them, for which two sampled errors are carried along. Over 600 chains of
-    both dtypes, powers of Jordan blocks among them, no value that it vouched for was off by more
-    than the tolerance, and no other error was more than ten times the estimate.
+    later layers make of them, for which sampled errors are carried along. Over 350 chains of both
+    dtypes, of 6 to 128 units, powers of Jordan blocks among them, no error was more than the
+    estimate.
 
     Attributes:
         error: Estimated absolute error of every natural log singular value, in their order. It is
@@ -96,10 +99,11 @@ def spectrum_of(product) -> Spectrum:
     mantissa, exponent, evidence = state
     eps = jnp.finfo(mantissa.dtype).eps
     sampled = eps * log_errors(evidence.drift, mantissa, exponent)
-    mantissa, exponent = _singular_values(factor, mantissa, exponent)
+    mantissa, exponent, last = _singular_values(factor, mantissa, exponent)
     # A lead of 2**lost that was lost again has magnified one rounding by as much.
     error = eps * jnp.exp2(jnp.minimum(evidence.overtaken, 100.0))
-    error = _ERRORS_AT_MOST * (error + jnp.maximum(jnp.sqrt(evidence.variance), sampled))
+    error = error + jnp.maximum(jnp.sqrt(evidence.variance), sampled)
+    error = _ERRORS_AT_MOST * (error + eps * last)
     mantissa, exponent, error = _descending(mantissa, exponent, error, count)
     overtaken = jnp.max(evidence.overtaken, axis=-1, initial=0) * _LN2
     limit = -jnp.log(eps)
@@ -108,9 +112,12 @@ def spectrum_of(product) -> Spectrum:
 
 
 def _singular_values(factor, mantissa, exponent) -> tuple:
-    """Of `factor^T diag(d)`: by a plain SVD where the range of d allows it, else by Jacobi."""
+    """Of `factor^T diag(d)`: by a plain SVD where the range of d allows it, else by Jacobi.
+
+    And the relative errors that these make, in units of eps.
+    """
     if 0 in factor.shape[-2:]:
-        return mantissa, exponent
+        return mantissa, exponent, jnp.zeros_like(mantissa)
     name = mantissa.dtype.name
     present = mantissa != 0
     unbounded = 2**30
@@ -127,7 +134,10 @@ def _singular_values(factor, mantissa, exponent) -> tuple:
     values = jnp.where(jnp.arange(values.shape[-1]) < rank, values, 0)
     by_svd = scale.split(values, top[..., None])
     by_jacobi = one_sided_jacobi(factor, jnp.where(dense, 0, mantissa), exponent)
-    return tuple(jnp.where(dense, a, b) for a, b in zip(by_svd, by_jacobi, strict=True))
+    found = [jnp.where(dense, a, b) for a, b in zip(by_svd, by_jacobi, strict=True)]
+    beside_largest = jnp.where(values > 0, values[..., :1] / jnp.where(values > 0, values, 1), 0)
+    error = _SVD_TO_SIZE * factor.shape[-1] + jnp.where(dense, _SVD_TO_NORM * beside_largest, 0)
+    return *found, error
 
 
 def _settled(values, mantissa, exponent, evidence) -> tuple[GradedQR, tuple]:
