@@ -43,10 +43,8 @@ INITIAL = [
 ]  # fmt: skip
 RUNNING = [
     events.cancelled, optimizers.accumulation, events.ascent, events.falling_without_end,
-    terms.dropout,
-    terms.regularization, terms.attention, rounding.lost, optimizers.clip_always,
-    rates.learning_rate,
-    events.spike, events.breakdown,
+    terms.dropout, terms.regularization, terms.attention, rounding.lost, optimizers.clip_always,
+    rates.learning_rate, events.spike, events.breakdown,
 ]  # fmt: skip
 RULES: list[Callable[[Evidence], list[Finding]]] = [*STATIC, *INITIAL, *RUNNING]
 # Faults after which nothing that is measured means anything.

@@ -204,8 +204,9 @@ def clip_always(evidence: Evidence) -> list[Finding]:
     found = clip_always_finding(norms, np.full_like(norms, threshold))
     if not found:
         return []
-    judge = _before_a_normalizing_rule if _keeps_size(evidence, threshold) else _as_step_size
-    return [judge(evidence, found[0], threshold / float(norms.max()))]
+    if _keeps_size(evidence, threshold):
+        return [_before_a_normalizing_rule(evidence, found[0], threshold / float(norms.max()))]
+    return [_as_step_size(evidence, found[0])]
 
 
 def _before_a_normalizing_rule(evidence: Evidence, clip: Finding, factor: float) -> Finding:
@@ -227,7 +228,7 @@ def _before_a_normalizing_rule(evidence: Evidence, clip: Finding, factor: float)
     )  # fmt: skip
 
 
-def _as_step_size(evidence: Evidence, clip: Finding, _: float) -> Finding:
+def _as_step_size(evidence: Evidence, clip: Finding) -> Finding:
     """No alarm if the training learns, and larger steps get it no further."""
     harmless = evidence.improves and not evidence.gains(evidence.run(scale=10.0), times=1.0)
     facts = clip.evidence | {"steps_keep_their_size": False}

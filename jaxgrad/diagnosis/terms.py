@@ -69,9 +69,9 @@ def _gradient_of(evidence: Evidence, penalties: list[Value]) -> list[np.ndarray 
     return [g - d for g, d in zip(evidence.initial.grads, data, strict=True)]
 
 
-def _norm(leaves: Sequence[np.ndarray | np.generic]) -> float:
-    """Of differences, too: that of two scalar arrays is a number of numpy's."""
-    return math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves))
+def _norm(leaves: Sequence[Any]) -> float:
+    arrays = [np.asarray(x) for x in leaves]
+    return math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in arrays))
 
 
 def _decay(evidence: Evidence) -> list[Finding]:
@@ -86,14 +86,13 @@ def _decay(evidence: Evidence) -> list[Finding]:
     ratio = _norm(still) / max(_norm([a - b for a, b in zip(moved, still, strict=True)]), 1e-30)
     if ratio < 0.5 or not np.isfinite(ratio) or _norm(still) == 0:
         return []
-    shrunk = _norm([np.asarray(v) for v in evidence.main.values]) / max(
-        _norm([np.asarray(v) for v in problem.values]), 1e-30
-    )
+    size = _norm(problem.values)
+    shrunk = _norm(evidence.main.values) / max(size, 1e-30)
     free = evidence.progress(evidence.run(reference=True))
     if ratio < 3 and (shrunk > 0.8 or evidence.progress(evidence.main) > 0.5 * free):
         return []
     found = _dominates(evidence, ratio, "the weight decay of the optimizer")
-    share = _norm(still) / max(_norm([np.asarray(v) for v in problem.values]), 1e-30)
+    share = _norm(still) / max(size, 1e-30)
     facts = {
         "decay_over_parameters": share,
         "breaks_the_run": share > 1 and evidence.main.stopped is not None,  # it overshoots zero
@@ -118,7 +117,7 @@ def _steps_without_and_with_data(evidence: Evidence) -> tuple[list[Any], list[An
         [np.asarray(u) for u in problem.flat(update(g, state, tree)[0])] for g in (zeros, real)
     )
     if _norm(moved) > 0 or not evidence.main.update_norms.any():
-        if _norm(still) < _ROUNDING * _norm([np.asarray(v) for v in problem.values]):
+        if _norm(still) < _ROUNDING * _norm(problem.values):
             # averages that are kept of parameters (schedule-free) round them, and decay none
             still = [np.zeros_like(u) for u in still]
         return still, moved
