@@ -114,3 +114,21 @@ def test_a_loss_that_falls_to_the_frequencies_of_the_labels_hides_no_high_rate(r
     batches = [jnp.asarray(np.stack([ids[s : s + 33] for s in row])) for row in starts]
     report = jg.diagnose(loss, params, batches[0], optimizer=optax.adam(rate), batches=batches)
     assert alarms(report) == expected, report
+
+
+def test_the_discarded_branch_of_a_where_is_named_by_the_operation_behind_its_gradient():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((256, 10)).astype(np.float32)
+    counts = rng.poisson(np.exp(0.3 * x.sum(-1))).astype(np.float32)
+
+    def deviance(layers, batch):
+        rate = jnp.maximum(applied(layers, batch[0], jax.nn.relu)[:, 0], 0.0)
+        return -jnp.where(rate > 0, batch[1] * jnp.log(rate) - rate, 0.0).mean()
+
+    report = jg.diagnose(
+        deviance, dense(0, [10, 32, 1], 2.0), (x, counts), optimizer=optax.adam(1e-3)
+    )
+    assert report.primary.code == "gradient.nonfinite", report
+    found = report.primary.evidence
+    assert (found["operation"], found["pass"]) == ("log", "backward")
+    assert "jnp.log(safe)" in report.primary.fix

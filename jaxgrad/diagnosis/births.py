@@ -82,7 +82,11 @@ def births(
     back = {v: _total(np.asarray(backward[i])) for v, i in index.items()}
     made |= _given(wiring, [*values, *arrays_of(batch)])
     first = None if np.isfinite(loss) else _first_forward(wiring, made)
-    return first, _first_backward(wiring, {v: _total(m) for v, m in made.items()}, back)
+    totals = {v: _total(m) for v, m in made.items()}
+    found = _first_backward(wiring, totals, back)
+    if found is None and np.isfinite(loss):
+        found = _first_backward(wiring, {}, back)  # what the forward pass discards, as `where` does
+    return first, found
 
 
 def overflows(problem: Problem, wiring: Wiring) -> tuple[Op | None, list[Value]]:
@@ -210,6 +214,7 @@ def _is_bad(counts: np.ndarray, at: tuple[int, ...]) -> bool:
 def _first_backward(
     wiring: Wiring, made: dict[Value, np.ndarray], back: dict[Value, np.ndarray]
 ) -> Birth | None:
+    """The operation whose derivative turned finite cotangents bad, its outputs good by `made`."""
     suspects = []
     for op in reversed(wiring.ops()):
         outputs = [v for v in op.outputs if v in back and v in wiring.live]

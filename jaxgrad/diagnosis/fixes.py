@@ -15,7 +15,7 @@ FIXES = {
     "precision.lost_updates": "params = jax.tree.map(lambda p: p.astype(jnp.float32), params)   # keep and update these;\nhalf = lambda tree: jax.tree.map(lambda p: p.astype(jnp.{dtype}), tree)\nloss = lambda params, batch: loss_fn(half(params), batch)   # compute with the rounded ones",
     "precision.overflow": "x = x.astype(jnp.bfloat16)  # or float32: float16 ends at 65504",
     "gradient.blocked": "# remove the operation, or keep the path: y = x + jax.lax.stop_gradient(jnp.round(x) - x)",
-    "gradient.nonfinite": "safe = jnp.where(x > 0, x, 1.0)            # make the argument safe first,\ny = jnp.where(x > 0, jnp.sqrt(safe), 0.0)   # then select",
+    "gradient.nonfinite": "safe = jnp.where(x > 0, x, 1.0)            # make the argument safe first,\ny = jnp.where(x > 0, jnp.{operation}(safe), 0.0)   # then select",
     "gradient.vanishing": "# ReLU or GELU with he_normal, or a residual path h = h + f(norm(h))\nkernel_init = jax.nn.initializers.he_normal()",
     "gradient.exploding": "tx = optax.chain(optax.clip_by_global_norm(1.0), rule)\nrecurrent_init = jax.nn.initializers.orthogonal()",
     "init.too_small": "kernel_init = jax.nn.initializers.variance_scaling({gain:g}, 'fan_in', 'normal')",

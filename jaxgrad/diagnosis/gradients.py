@@ -74,9 +74,14 @@ def nonfinite(evidence: Evidence) -> list[Finding]:
             + (f", iteration {birth.iteration}" if birth.iteration else "")
             + ("; it meets an infinity or a NaN that the program writes itself, as a mask does."
                if birth.written else "; no large value leads to it."),
-            facts, fix("gradient.nonfinite"), 0.93,
+            facts, fix("gradient.nonfinite", operation=_unsafe(birth.op.name)), 0.93,
         )
     ]  # fmt: skip
+
+
+def _unsafe(name: str) -> str:
+    """What the fix writes out: functions of positive numbers under their own name."""
+    return name if name in ("log", "sqrt") else "sqrt"
 
 
 def _overflow(evidence: Evidence, where: str, facts: dict[str, Any]) -> Finding:

@@ -131,6 +131,9 @@ def _bounded_regression(evidence: Evidence) -> list[Finding]:
 
 
 def _log_of_raw(evidence: Evidence) -> list[Finding]:
+    first = evidence.initial
+    if np.isfinite(first.value) and not first.finite:
+        return []  # a `where` picks the other branch, and the gradient alone is bad
     for head in evidence.structure.log_heads:
         values = evidence.values.get(head.source)
         if head.kind != "log" or values is None or not np.isfinite(values).all():

@@ -52,7 +52,7 @@ def nonfinite(past: Past) -> list[Finding]:
             "gradient.nonfinite", "error", stage, where,
             f"NaN or infinity is born in the {which} pass at {where or 'the loss'}, at step "
             f"{facts['step']}; no large value leads to it.",
-            facts, fix("gradient.nonfinite"), 0.8,
+            facts, fix("gradient.nonfinite", operation="sqrt"), 0.8,
             may_be_wrong="the batch of that step held it already",
         )
     ]  # fmt: skip
